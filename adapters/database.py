@@ -1,0 +1,170 @@
+"""Tables and transactions. SQLite by default, any database of SQLAlchemy by URL.
+
+The database says which fine-tunes are registered, which version of each is active, and what every job is doing; the
+store holds the files. Times are seconds since the epoch.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Column,
+    Connection,
+    Engine,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    create_engine,
+    event,
+    make_url,
+)
+
+from adapters.files import locked
+
+BUSY_TIMEOUT_MS = 30_000
+
+metadata = MetaData()
+
+adapters = Table(
+    "adapters",
+    metadata,
+    Column("uid", String(32), primary_key=True),
+    Column("name", String(64), nullable=False),
+    Column("folded_name", String(64), nullable=False, unique=True),
+    Column("origin", String(16), nullable=False),
+    Column("kind", String(8), nullable=False),
+    Column("path", Text, nullable=False),
+    Column("fine_tune_fingerprint", String(256), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("description", Text, nullable=False),
+    Column("limits", JSON, nullable=False),
+    Column("record_traffic", Boolean, nullable=False),
+    Column("active_version", Integer, nullable=True),
+    Column("rejected_versions", JSON, nullable=False),
+    Column("revision", Integer, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("updated_at", Float, nullable=False),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", String(48), primary_key=True),
+    Column("adapter", String(64), nullable=False),
+    Column("adapter_uid", String(32), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("stage", String(16), nullable=True),
+    Column("progress", Float, nullable=False),
+    Column("eta_seconds", Float, nullable=True),
+    Column("message", Text, nullable=False),
+    Column("spec", JSON, nullable=False),
+    Column("result", JSON, nullable=True),
+    Column("error", JSON, nullable=True),
+    Column("attempts", Integer, nullable=False),
+    Column("stalled_attempts", Integer, nullable=False),
+    Column("max_attempts", Integer, nullable=False),
+    Column("idempotency_key", String(255), nullable=True, unique=True),
+    Column("request_hash", String(64), nullable=False),
+    Column("cancel_requested", Boolean, nullable=False),
+    Column("not_before", Float, nullable=False),
+    Column("claim", String(32), nullable=True),
+    Column("worker", Text, nullable=True),
+    Column("lease_expires_at", Float, nullable=True),
+    Column("created_at", Float, nullable=False),
+    Column("started_at", Float, nullable=True),
+    Column("finished_at", Float, nullable=True),
+    Column("updated_at", Float, nullable=False),
+    Index("jobs_by_state", "state", "created_at"),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("job_id", String(48), ForeignKey("jobs.id"), nullable=True, index=True),
+    Column("adapter_uid", String(32), nullable=True, index=True),
+    Column("type", String(32), nullable=False),
+    Column("data", JSON, nullable=False),
+    Column("created_at", Float, nullable=False),
+    sqlite_autoincrement=True,
+)
+
+
+class Database:
+    """Short transactions over one connection pool; safe to use from several threads and processes."""
+
+    def __init__(self, url: str) -> None:
+        self.engine = _create_engine(url)
+        with _creating(self.engine):
+            metadata.create_all(self.engine)
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A consistent view. On SQLite readers neither wait for writers nor hold them up."""
+        with self.engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction that may write; all of it happens or none.
+
+        On SQLite it takes the write lock at its start, so what it reads stays true until it commits.
+        """
+        with self.engine.connect().execution_options(eda_write=True) as connection, connection.begin():
+            yield connection
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def sqlite_url(path: Path) -> str:
+    """The URL of a SQLite file."""
+    return f"sqlite:///{path.resolve()}"
+
+
+def _create_engine(url: str) -> Engine:
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        return create_engine(parsed, pool_pre_ping=True)
+    if parsed.database and parsed.database != ":memory:":
+        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
+    event.listen(engine, "connect", _configure_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+@contextmanager
+def _creating(engine: Engine) -> Iterator[None]:
+    """Keeps two processes that start together from both creating the tables."""
+    path = engine.url.database
+    if engine.dialect.name != "sqlite" or not path or path == ":memory:":
+        yield
+        return
+    with locked(Path(path).with_name(f".{Path(path).name}.lock")):
+        yield
+
+
+def _configure_sqlite(connection: Any, _record: Any) -> None:
+    # The driver's own transaction control would begin late and lock late; _begin_sqlite does it instead.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")  # NORMAL may lose the last commits when the power fails
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    writes = connection.get_execution_options().get("eda_write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

@@ -1,0 +1,83 @@
+"""From files to models: the base, its fine-tunes and private modules, each checked before it may be served."""
+
+from pathlib import Path
+from typing import Protocol
+
+from adapters.errors import CorruptVersionError
+from adapters.manifest import WEIGHTS_FILE, Fingerprints, Manifest
+from adapters.store import AdapterStore
+from adapters.tensors import refuse_unsafe_files
+from eda.draft import DraftModel
+from eda.errors import EdaError, MismatchError
+from eda.private import PrivateConfig, PrivateModule
+from eda.target import FineTune, TargetModel, load_fine_tune
+
+
+class Loader(Protocol):
+    """What a registry needs to turn catalog entries into models."""
+
+    @property
+    def base(self) -> FineTune: ...
+    def fine_tune(self, path: Path, name: str) -> FineTune: ...
+    def private_module(
+        self, store: AdapterStore, name: str, version: int, fine_tune_fingerprint: str
+    ) -> tuple[Manifest, PrivateModule]: ...
+
+
+class ModelLoader:
+    """Loads fine-tunes of ``base`` and private modules for ``draft``.
+
+    ``draft`` is ``None`` on a server without speculation: fine-tunes are served, private modules are refused.
+    Raises ``MismatchError`` when ``draft`` was trained for another base.
+    """
+
+    def __init__(self, base: TargetModel, draft: DraftModel | None, *, base_name: str = "base") -> None:
+        self.base = FineTune(base_name, base)
+        self.draft = draft
+        self.draft_fingerprint = draft.fingerprint() if draft is not None else ""
+        if draft is not None and draft.config.target_fingerprint not in ("", base.fingerprint):
+            raise MismatchError(
+                f"the shared draft was trained for the target {draft.config.target_fingerprint[:16]}; "
+                f"the one served here is {base.fingerprint[:16]}"
+            )
+
+    def fine_tune(self, path: Path, name: str) -> FineTune:
+        """Raises ``CheckpointError`` (or one of its kinds) for what is no fine-tune of the base."""
+        if path == self.base.model.path:
+            return FineTune(name, self.base.model)
+        return load_fine_tune(path, self.base.model, name)
+
+    def private_module(
+        self, store: AdapterStore, name: str, version: int, fine_tune_fingerprint: str
+    ) -> tuple[Manifest, PrivateModule]:
+        """A version of an adapter, fully checked.
+
+        Raises ``UnknownVersionError``, or ``CorruptVersionError`` when files are damaged, made for another
+        fine-tune, target or draft, misshapen or hold values that are not finite.
+        """
+        manifest = store.verify(name, version)
+        directory = store.directory(name, version)
+        if self.draft is None:
+            raise CorruptVersionError(f"{directory} needs a shared draft and this server runs without one")
+        served = Fingerprints(self.base.model.fingerprint, fine_tune_fingerprint, self.draft_fingerprint)
+        served.require_match(manifest, directory)
+        return manifest, load_private_module(directory, manifest, self.draft)
+
+
+def load_private_module(directory: Path, manifest: Manifest, draft: DraftModel) -> PrivateModule:
+    """The weights of a version, in ``draft``'s type and on its device.
+
+    Raises ``CorruptVersionError`` for wrong sizes, shapes and values.
+    """
+    refuse_unsafe_files(directory)
+    try:
+        config = PrivateConfig(**manifest.sizes)
+        if (config.hidden_size, config.num_features) != (draft.config.hidden_size, draft.config.num_features):
+            raise MismatchError(
+                f"its width is {config.hidden_size} and its features {config.num_features}; the shared draft has "
+                f"{draft.config.hidden_size} and {draft.config.num_features}"
+            )
+        weight = draft.fc.weight
+        return PrivateModule.load(directory / WEIGHTS_FILE, config, dtype=weight.dtype, device=weight.device)
+    except (EdaError, ValueError) as error:
+        raise CorruptVersionError(f"{directory} cannot be used: {error}") from error

@@ -1,0 +1,349 @@
+"""What the server offers about adapters, without HTTP: create, adapt, describe, activate, change, delete."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from adapters.catalog import LIMIT_FIELDS, MAX_DESCRIPTION_LENGTH, Catalog, CatalogEntry, new_entry
+from adapters.database import Database
+from adapters.errors import (
+    AdapterServiceError,
+    ConflictError,
+    CorruptVersionError,
+    InvalidInputError,
+    UnknownModelError,
+    UnknownVersionError,
+)
+from adapters.files import MIB
+from adapters.guard import LiveAcceptance
+from adapters.jobs import Job, JobQueue, new_job_id
+from adapters.manifest import Manifest
+from adapters.names import AllowedRoots, check_name
+from adapters.registry import AdapterRegistry
+from adapters.spec import AdaptationSpec
+from adapters.submission import (
+    AdaptationOptions,
+    DataLimits,
+    DataSource,
+    TargetSource,
+    locate_fine_tune,
+    prepare_data,
+)
+from adapters.traffic import TrafficRecorder, TrafficUsage
+from adapters.workspaces import Workspaces
+from eda.errors import EdaError
+from eda.target import FineTune
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceSettings:
+    """``roots``: where paths in requests may lead. ``allow_hub``: whether fine-tunes may be downloaded."""
+
+    roots: AllowedRoots
+    allow_hub: bool = False
+    data_limits: DataLimits = field(default_factory=DataLimits)
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A registered fine-tune and, unless it is only to be served, its job."""
+
+    entry: CatalogEntry
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class VersionState:
+    """A version of an adapter; exactly one of ``manifest`` and ``problem`` is set."""
+
+    version: int
+    manifest: Manifest | None
+    problem: str | None
+    live: LiveAcceptance | None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterState:
+    """Everything that is known about an adapter."""
+
+    entry: CatalogEntry
+    versions: list[VersionState]
+    live_baseline: LiveAcceptance | None
+    traffic: TrafficUsage
+    num_requests: int
+    is_loaded: bool
+    problem: str | None
+
+
+class AdapterService:
+    """The operations behind the administrative routes. Methods block (disk, database, loading)."""
+
+    def __init__(
+        self,
+        database: Database,
+        registry: AdapterRegistry,
+        queue: JobQueue,
+        workspaces: Workspaces,
+        traffic: TrafficRecorder,
+        settings: ServiceSettings,
+    ) -> None:
+        self.database = database
+        self.registry = registry
+        self.catalog: Catalog = registry.catalog
+        self.queue = queue
+        self.workspaces = workspaces
+        self.traffic = traffic
+        self.settings = settings
+
+    def configure(self, fine_tunes: Mapping[str, Path]) -> None:
+        """Enters the base and the fine-tunes of the settings, forgets earlier ones, and fills the registry.
+
+        An adapter that comes along in the store and fits is active until somebody chooses otherwise.
+        """
+        loader = self.registry.loader
+        base = loader.base
+        loaded = {base.name: (base, base.model.path or Path())}
+        loaded |= {
+            name: (loader.fine_tune(path, check_name(name)), path) for name, path in fine_tunes.items()
+        }
+        for entry in self.catalog.all():
+            if entry.origin == "configured" and entry.name not in loaded:
+                self.catalog.finish_deletion(entry.uid)
+        for name, (fine_tune, path) in loaded.items():
+            entry = self.catalog.configure(
+                name,
+                kind="target" if name == base.name else "lora" if fine_tune.lora is not None else "full",
+                path=str(path),
+                fine_tune_fingerprint=fine_tune.fingerprint,
+                active_version=self._newest_usable(name, fine_tune),
+            )
+            self.registry.register(entry, fine_tune)
+        for entry in self.catalog.all():
+            self._apply_limits(entry)
+        self.registry.restore()
+
+    def create(
+        self,
+        name: str,
+        target: TargetSource,
+        data: DataSource,
+        options: AdaptationOptions,
+        *,
+        description: str = "",
+        idempotency_key: str | None = None,
+        request_hash: str = "",
+    ) -> Submission:
+        """Serves a new fine-tune with the shared draft alone and queues the job that makes its adapter.
+
+        A repeated call with the same ``idempotency_key`` returns what the first one made.
+
+        Raises ``InvalidInputError``, ``ConflictError``, ``QueueFullError``, ``StorageFullError``, ``TooLargeError``.
+        """
+        if (earlier := self._repeated(idempotency_key, request_hash)) is not None:
+            return earlier
+        check_name(name)
+        _check_description(description)
+        self.catalog.require_free_name(name)
+        self._require_room_in_queue()
+        entry, fine_tune = self._load_new(name, target, description)
+        job_id = new_job_id()
+        try:
+            spec = self._spec(entry, job_id, data, options)
+            with self.database.write() as connection:
+                self.catalog.insert_in(connection, entry)
+                self.queue.insert(
+                    connection, spec, idempotency_key=idempotency_key, request_hash=request_hash
+                )
+        except ConflictError:
+            self.workspaces.remove(job_id)
+            if (earlier := self._repeated(idempotency_key, request_hash)) is not None:
+                return earlier
+            raise
+        except BaseException:
+            self.workspaces.remove(job_id)
+            raise
+        self.registry.register(entry, fine_tune)
+        return Submission(entry, self.queue.get(job_id))
+
+    def adapt(
+        self,
+        name: str,
+        data: DataSource,
+        options: AdaptationOptions,
+        *,
+        idempotency_key: str | None = None,
+        request_hash: str = "",
+    ) -> Submission:
+        """Queues another job for a served fine-tune; it makes the next version. Raises like ``create``."""
+        if (earlier := self._repeated(idempotency_key, request_hash)) is not None:
+            return earlier
+        entry = self.catalog.get(name)
+        self._require_room_in_queue()
+        job_id = new_job_id()
+        try:
+            spec = self._spec(entry, job_id, data, options)
+            with self.database.write() as connection:
+                self.catalog.get_in(connection, name)  # it may have been deleted meanwhile
+                self.queue.insert(
+                    connection, spec, idempotency_key=idempotency_key, request_hash=request_hash
+                )
+        except BaseException:
+            self.workspaces.remove(job_id)
+            raise
+        return Submission(entry, self.queue.get(job_id))
+
+    def serve(self, name: str, target: TargetSource) -> CatalogEntry:
+        """Serves a fine-tune with the shared draft alone, without a job. Raises like ``create``."""
+        check_name(name)
+        self.catalog.require_free_name(name)
+        entry, fine_tune = self._load_new(name, target, "")
+        with self.database.write() as connection:
+            self.catalog.insert_in(connection, entry)
+        self.registry.register(entry, fine_tune)
+        return entry
+
+    def describe(self, name: str) -> AdapterState:
+        """Raises ``UnknownModelError``."""
+        entry = self.catalog.get(name)
+        live = self.registry.guard.live
+        versions: list[VersionState] = []
+        for version in self.registry.store.versions(name):
+            try:
+                manifest, problem = self.registry.store.manifest(name, version), None
+            except (CorruptVersionError, UnknownVersionError) as error:
+                manifest, problem = None, str(error)
+            versions.append(VersionState(version, manifest, problem, live(name, version)))
+        try:
+            loaded, problem = self.registry.is_loaded(name), self.registry.problem_of(name)
+            requests = self.registry.num_leases(name)
+        except UnknownModelError:
+            loaded, problem, requests = False, "it is about to be served", 0
+        traffic = self.traffic.usage(name)
+        return AdapterState(entry, versions, live(name, None), traffic, requests, loaded, problem)
+
+    def describe_all(self) -> list[AdapterState]:
+        """All adapters in service, oldest first."""
+        states = []
+        for entry in self.catalog.all():
+            if entry.state == "serving":
+                try:
+                    states.append(self.describe(entry.name))
+                except UnknownModelError:
+                    continue  # deleted meanwhile
+        return states
+
+    def patch(
+        self,
+        name: str,
+        *,
+        description: str | None = None,
+        limits: Mapping[str, int] | None = None,
+        record_traffic: bool | None = None,
+    ) -> CatalogEntry:
+        """Changes what is given. Raises ``UnknownModelError``, ``InvalidInputError``."""
+        if description is not None:
+            _check_description(description)
+        for field_name, value in (limits or {}).items():
+            if field_name not in LIMIT_FIELDS or not 1 <= value <= 1_000_000:
+                raise InvalidInputError(
+                    f"limits.{field_name} is {value}; limits are {', '.join(LIMIT_FIELDS)}, from 1 to 1000000",
+                    param=f"limits.{field_name}",
+                )
+        entry = self.catalog.patch(
+            name, description=description, limits=limits, record_traffic=record_traffic
+        )
+        self._apply_limits(entry)
+        self.registry.sync()
+        return entry
+
+    def delete(self, name: str) -> None:
+        """Takes an adapter out of service; its recorded traffic goes too. Raises like ``AdapterRegistry.remove``."""
+        self.registry.remove(name)
+        self.traffic.delete(name)
+        self.traffic.limits.pop(name, None)
+
+    def delete_traffic(self, name: str) -> None:
+        """Deletes what was recorded of a model's requests. Raises ``UnknownModelError``."""
+        self.catalog.get(name)
+        self.traffic.delete(name)
+
+    def _apply_limits(self, entry: CatalogEntry) -> None:
+        if (mib := entry.limits.get("traffic_max_mib")) is not None:
+            self.traffic.limits[entry.name] = mib * MIB
+
+    def _load_new(self, name: str, target: TargetSource, description: str) -> tuple[CatalogEntry, FineTune]:
+        """The fine-tune, loaded, and the row that would register it."""
+        directory, kind = locate_fine_tune(target, self.settings.roots, allow_hub=self.settings.allow_hub)
+        try:
+            fine_tune = self.registry.loader.fine_tune(directory, name)
+        except AdapterServiceError:
+            raise
+        except EdaError as error:
+            raise InvalidInputError(f"target: {error}", param="target") from error
+        entry = new_entry(
+            name, "posted", kind, str(directory), fine_tune.fingerprint, description=description
+        )
+        return entry, fine_tune
+
+    def _spec(
+        self, entry: CatalogEntry, job_id: str, data: DataSource, options: AdaptationOptions
+    ) -> AdaptationSpec:
+        prepared = prepare_data(
+            data,
+            self.workspaces.directory(job_id),
+            model=entry.name,
+            options=options.training,
+            roots=self.settings.roots,
+            traffic=self.traffic,
+            limits=self.settings.data_limits,
+        )
+        return AdaptationSpec(
+            job_id=job_id,
+            adapter=entry.name,
+            adapter_uid=entry.uid,
+            kind=entry.kind,
+            fine_tune_path=entry.path,
+            fine_tune_fingerprint=entry.fine_tune_fingerprint,
+            data=prepared,
+            training=options.training,
+            triage=options.triage,
+            activate=options.activate,
+            margin=options.margin,
+            incumbent_version=entry.active_version,
+        )
+
+    def _repeated(self, idempotency_key: str | None, request_hash: str) -> Submission | None:
+        """What an earlier request with this key made. Raises ``ConflictError`` when that was another request."""
+        if idempotency_key is None or (job := self.queue.find_by_key(idempotency_key)) is None:
+            return None
+        if job.request_hash != request_hash:
+            raise ConflictError(
+                f"the idempotency key {idempotency_key[:80]!r} was used for another request; use a new one"
+            )
+        return Submission(self.catalog.get(job.adapter), job)
+
+    def _require_room_in_queue(self) -> None:
+        with self.database.read() as connection:
+            self.queue.require_room(connection)
+
+    def _newest_usable(self, name: str, fine_tune: FineTune) -> int | None:
+        registry = self.registry
+        for version in reversed(registry.store.versions(name)):
+            try:
+                registry.loader.private_module(registry.store, name, version, fine_tune.fingerprint)
+            except AdapterServiceError as error:
+                logger.warning("adapter %s version %d is skipped: %s", name, version, error)
+            else:
+                return version
+        return None
+
+
+def _check_description(description: str) -> None:
+    if len(description) > MAX_DESCRIPTION_LENGTH:
+        raise InvalidInputError(
+            f"description has {len(description)} characters; at most {MAX_DESCRIPTION_LENGTH} are kept",
+            param="description",
+        )

@@ -1,0 +1,292 @@
+"""What a request to adapt must be before it becomes a job: fine-tune, prompts and the room for them, checked."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from adapters.errors import CorruptVersionError, InvalidInputError, StorageFullError, TooLargeError
+from adapters.files import MIB, require_free_space, sync_tree
+from adapters.names import AllowedRoots, check_hub_id
+from adapters.spec import DEFAULT_MARGIN, Activation, DataSpec, TargetKind, TrainingOptions
+from adapters.tensors import read_header, refuse_unsafe_files
+from adapters.traffic import TrafficRecorder
+from adapters.workspaces import PROMPTS_FILE, SAMPLES_FILE
+from eda.checkpoint import ADAPTER_CONFIG_FILE, resolve_directory
+from eda.errors import DataError, EdaError
+from eda.training.files import hash_of_file
+from eda.training.prompts import Prompt, read_prompts
+from eda.training.selection import SCORES
+
+MAX_SELF_PROMPTS = 100_000
+_BYTES_PER_TOKEN = 12
+"""Of a token id in a sample file, generously."""
+_DEFAULT_MAX_TOKENS = 512
+_TRAINING_BYTES = 64 * MIB
+"""Room for checkpoints and the module itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class TargetSource:
+    """Where the fine-tune lies: a path below the allowed roots, or an id of the Hugging Face hub."""
+
+    path: str | None = None
+    hub_id: str | None = None
+    kind: Literal["auto", "lora", "full"] = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class DataSource:
+    """Where prompts come from; exactly one of the fields is set.
+
+    Attributes:
+        prompts: texts, or conversations as lists of ``{"role", "content"}``.
+        path: of a JSON-lines file below the allowed roots.
+        upload: the contents of such a file.
+        self_prompts: how many prompts the fine-tune is to write for itself.
+        min_traffic: use the recorded traffic, which must have this many requests at least.
+    """
+
+    prompts: Sequence[Any] | None = None
+    path: str | None = None
+    upload: bytes | None = None
+    self_prompts: int | None = None
+    min_traffic: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.__dataclass_fields__ if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise InvalidInputError(
+                f"data gives {len(given)} sources ({', '.join(given) or 'none'}); "
+                "give exactly one of prompts, path, file, self and traffic",
+                param="data",
+            )
+        if self.self_prompts is not None and not 1 <= self.self_prompts <= MAX_SELF_PROMPTS:
+            raise InvalidInputError(
+                f"data.self is {self.self_prompts}; it must be from 1 to {MAX_SELF_PROMPTS}",
+                param="data.self",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptationOptions:
+    """What an adaptation may be told beside its data; see ``AdaptationSpec``."""
+
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    triage: bool = True
+    activate: Activation = "if_better"
+    margin: float = DEFAULT_MARGIN
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.margin <= 10.0:
+            raise InvalidInputError(f"margin is {self.margin}; it must be from 0 to 10", param="margin")
+        if self.training.score is not None and self.training.score not in SCORES:
+            raise InvalidInputError(
+                f"training.score is {self.training.score[:64]!r}; it must be one of {', '.join(SCORES)}",
+                param="training.score",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class DataLimits:
+    """``max_bytes`` bounds a prompt file, ``reserve_bytes`` of the disk stay free whatever is asked for."""
+
+    max_bytes: int = 256 * MIB
+    reserve_bytes: int = 256 * MIB
+
+
+def locate_fine_tune(
+    source: TargetSource, roots: AllowedRoots, *, allow_hub: bool
+) -> tuple[Path, TargetKind]:
+    """The directory of a fine-tune and what kind it is, after everything that can be told without loading it.
+
+    Raises:
+        InvalidInputError: not allowed, not there, of another kind than stated, or with files that must not be read.
+        StorageFullError: the memory cannot hold it.
+    """
+    if (source.path is None) == (source.hub_id is None):
+        raise InvalidInputError("target must have exactly one of path and hub_id", param="target")
+    if source.path is not None:
+        directory, param = roots.resolve(source.path, param="target.path"), "target.path"
+        _refuse_escapes(directory, roots)
+    else:
+        param = "target.hub_id"
+        directory = _download(source.hub_id or "", allow_hub=allow_hub)
+    if not directory.is_dir():
+        raise InvalidInputError(f"{param} is {directory}; it must be a directory with a model", param=param)
+    is_lora = (directory / ADAPTER_CONFIG_FILE).is_file()
+    if source.kind != "auto" and is_lora != (source.kind == "lora"):
+        raise InvalidInputError(
+            f"target.kind is {source.kind!r}; {directory} is "
+            f"{'a LoRA' if is_lora else 'no LoRA'} ({'it has' if is_lora else 'it lacks'} {ADAPTER_CONFIG_FILE})",
+            param="target.kind",
+        )
+    num_bytes = _check_weights(directory, param)
+    available = psutil.virtual_memory().available
+    if num_bytes > 0.8 * available:
+        raise StorageFullError(
+            f"{param}: the weights take {num_bytes / MIB:.0f} MiB; the machine has {available / MIB:.0f} MiB of memory "
+            "left",
+            param=param,
+        )
+    return directory, "lora" if is_lora else "full"
+
+
+def prepare_data(
+    source: DataSource,
+    workspace: Path,
+    *,
+    model: str,
+    options: TrainingOptions,
+    roots: AllowedRoots,
+    traffic: TrafficRecorder,
+    limits: DataLimits,
+) -> DataSpec:
+    """Writes the job's prompts (or recorded samples) into ``workspace``, durably, and checks every line of them.
+
+    Raises ``InvalidInputError`` (the message names the line), ``TooLargeError`` or ``StorageFullError``.
+    """
+    workspace.mkdir(parents=True)
+    if source.self_prompts is not None:
+        _require_room(workspace, source.self_prompts, 0, options, limits)
+        return DataSpec("self", source.self_prompts)
+    if source.min_traffic is not None:
+        return _prepare_traffic(source.min_traffic, workspace, model, traffic)
+    destination = workspace / PROMPTS_FILE
+    param = _write_prompts(source, destination, roots, limits)
+    try:
+        prompts = read_prompts(destination)
+    except DataError as error:
+        raise InvalidInputError(str(error).replace(str(destination), param), param=param) from error
+    _refuse_broken_text(prompts, param)
+    count = len(prompts)
+    held_out = options.held_out
+    if held_out is not None and held_out >= count:
+        raise InvalidInputError(
+            f"training.held_out is {held_out} and {param} has {count} prompts; some must be left to train on",
+            param="training.held_out",
+        )
+    _require_room(workspace, count, destination.stat().st_size, options, limits)
+    sync_tree(workspace)
+    return DataSpec("prompts", count, hash_of_file(destination))
+
+
+def _prepare_traffic(minimum: int, workspace: Path, model: str, traffic: TrafficRecorder) -> DataSpec:
+    destination = workspace / SAMPLES_FILE
+    count = traffic.copy_to(model, destination)
+    if count < max(minimum, 2):
+        raise InvalidInputError(
+            f"data.traffic asks for {max(minimum, 2)} recorded requests of {model!r}; there are {count}. "
+            f'Recording is turned on by PATCH /adapters/{model} {{"record_traffic": true}}',
+            param="data.traffic",
+        )
+    sync_tree(workspace)
+    return DataSpec("traffic", count, hash_of_file(destination))
+
+
+def _write_prompts(source: DataSource, destination: Path, roots: AllowedRoots, limits: DataLimits) -> str:
+    """Writes the file and returns the name of the field that it came from."""
+    if source.path is not None:
+        path = roots.resolve(source.path, param="data.path")
+        if not path.is_file():
+            raise InvalidInputError(
+                f"data.path is {source.path!r}; it must be a JSON-lines file", param="data.path"
+            )
+        _limit(path.stat().st_size, limits, "data.path")
+        require_free_space(
+            destination.parent, path.stat().st_size, reserve=limits.reserve_bytes, purpose="the prompt file"
+        )
+        shutil.copyfile(path, destination)
+        return "data.path"
+    if source.upload is not None:
+        _limit(len(source.upload), limits, "file")
+        destination.write_bytes(source.upload)
+        return "file"
+    lines = [_prompt_line(prompt, place) for place, prompt in enumerate(source.prompts or ())]
+    destination.write_text("".join(lines), encoding="utf-8")
+    return "data.prompts"
+
+
+def _prompt_line(prompt: Any, place: int) -> str:
+    if isinstance(prompt, str):
+        row: Mapping[str, Any] = {"prompt": prompt}
+    elif isinstance(prompt, list):
+        row = {"messages": prompt}
+    else:
+        raise InvalidInputError(
+            f"data.prompts[{place}] is a JSON {type(prompt).__name__}; each must be a string or a list of messages",
+            param="data.prompts",
+        )
+    return json.dumps(row) + "\n"
+
+
+def _refuse_broken_text(prompts: Sequence[Prompt], param: str) -> None:
+    """JSON can spell half of a surrogate pair; no tokenizer can read it."""
+    for prompt in prompts:
+        try:
+            for message in prompt.messages:
+                message["content"].encode()
+        except UnicodeEncodeError as error:
+            raise InvalidInputError(
+                f"{param}: prompt {prompt.id!r} is not valid Unicode: {error}", param=param
+            ) from error
+
+
+def _limit(num_bytes: int, limits: DataLimits, param: str) -> None:
+    if num_bytes > limits.max_bytes:
+        raise TooLargeError(
+            f"{param} has {num_bytes / MIB:.1f} MiB; the limit is {limits.max_bytes / MIB:.1f} MiB",
+            param=param,
+        )
+
+
+def _require_room(
+    workspace: Path, count: int, num_bytes: int, options: TrainingOptions, limits: DataLimits
+) -> None:
+    count = min(count, options.max_prompts or count)
+    answers = count * (options.max_tokens or _DEFAULT_MAX_TOKENS) * _BYTES_PER_TOKEN
+    needed = 2 * num_bytes + answers + _TRAINING_BYTES
+    require_free_space(workspace, needed, reserve=limits.reserve_bytes, purpose="the adaptation")
+
+
+def _download(hub_id: str, *, allow_hub: bool) -> Path:
+    check_hub_id(hub_id)
+    if not allow_hub:
+        raise InvalidInputError(
+            "target.hub_id is not allowed on this server; give a target.path, or start it with allow_hub",
+            param="target.hub_id",
+        )
+    try:
+        return resolve_directory(hub_id)
+    except EdaError as error:
+        raise InvalidInputError(f"target.hub_id: {error}", param="target.hub_id") from error
+
+
+def _refuse_escapes(directory: Path, roots: AllowedRoots) -> None:
+    """A directory inside the roots may hold links that lead out of them."""
+    if not directory.is_dir():
+        return
+    for entry in directory.iterdir():
+        if entry.is_symlink() and not any(entry.resolve().is_relative_to(root) for root in roots.roots):
+            raise InvalidInputError(
+                f"target.path holds the link {entry.name!r}, which leads out of the allowed directories",
+                param="target.path",
+            )
+
+
+def _check_weights(directory: Path, param: str) -> int:
+    """Bytes of weights in ``directory``; unsafe formats and lying headers are refused."""
+    files = sorted(directory.glob("*.safetensors"))
+    try:
+        if not files:
+            refuse_unsafe_files(directory)
+            raise CorruptVersionError(f"{directory} holds no .safetensors file")
+        for file in files:
+            read_header(file)
+    except CorruptVersionError as error:
+        raise InvalidInputError(f"{param}: {error}", param=param) from error
+    return sum(file.stat().st_size for file in files)

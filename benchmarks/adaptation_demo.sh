@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# From a fine-tune to a fast fine-tune, over HTTP: starts a server, posts a fine-tune with curl, watches its job, and
+# measures the same requests with no draft, with the shared draft (what the fine-tune had at first) and with its own
+# private module (what it has now).
+#
+#   benchmarks/adaptation_demo.sh [FINE_TUNE_DIRECTORY [PROMPTS_JSONL]]
+#
+# Environment: MODELS (family directory, default models), NAME (name to serve under, default demo), TRAINING (JSON
+# object for "training"), NUM_PROMPTS (prompts to measure with, default 8), MAX_TOKENS (of an answer, default 96),
+# PORT (default 8765), DATA_DIR (default: a temporary directory that is removed).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+models=${MODELS:-models}
+fine_tune=$(realpath "${1:-$models/code}")
+prompts=$(realpath "${2:-benchmarks/prompts/code.jsonl}")
+name=${NAME:-demo}
+url=http://127.0.0.1:${PORT:-8765}
+python=.venv/bin/python
+
+data_dir=${DATA_DIR:-}
+if [ -z "$data_dir" ]; then
+  data_dir=$(mktemp -d)
+  remove=$data_dir
+fi
+server=
+probe=
+cleanup() {
+  [ -z "$probe" ] || kill "$probe" 2>/dev/null || true
+  if [ -n "$server" ]; then
+    kill "$server" 2>/dev/null || true
+    wait "$server" 2>/dev/null || true
+  fi
+  [ -z "${remove:-}" ] || rm -rf "$remove"
+}
+trap cleanup EXIT
+
+export EDA_ADAPTER_ROOTS="$fine_tune:$(dirname "$prompts")"
+.venv/bin/eda serve --models-dir "$models" --port "${url##*:}" --data-dir "$data_dir" --log-level warning \
+  >"$data_dir/server.log" 2>&1 &
+server=$!
+until curl -sf "$url/ready" >/dev/null; do
+  kill -0 "$server" 2>/dev/null || { cat "$data_dir/server.log" >&2; exit 1; }
+  sleep 0.5
+done
+
+echo "== POST /adapters"
+body=$($python - "$name" "$fine_tune" "$prompts" "${TRAINING:-{\}}" <<'PY'
+import json, sys
+name, fine_tune, prompts, training = sys.argv[1:]
+print(json.dumps({
+    "name": name,
+    "target": {"path": fine_tune},
+    "data": {"path": prompts},
+    "training": json.loads(training),
+    "triage": False,
+    "activate": "always",
+}))
+PY
+)
+answer=$(curl -s "$url/adapters" -H 'Content-Type: application/json' -d "$body")
+job=$($python -c 'import json,sys; a=json.load(sys.stdin); print(a["job"]["id"] if "job" in a else sys.exit(str(a)))' <<<"$answer")
+echo "$name is served already, with the shared draft alone; its job is $job"
+
+echo "== GET /jobs/$job/events"
+$python -m benchmarks.adaptation_requests probe "$url" "$name" "$prompts" "$data_dir/probe.json" &
+probe=$!
+started=$SECONDS
+curl -sN "$url/jobs/$job/events" | $python -m benchmarks.adaptation_requests watch
+kill "$probe" 2>/dev/null || true
+wait "$probe" 2>/dev/null || true
+probe=
+echo "the job took $((SECONDS - started)) s"
+
+$python -m benchmarks.adaptation_requests compare "$url" "$name" "$prompts" \
+  --num-prompts "${NUM_PROMPTS:-8}" --max-tokens "${MAX_TOKENS:-96}" --probe "$data_dir/probe.json"

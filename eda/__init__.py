@@ -1,0 +1,1 @@
+"""The models, the speculative step and the training of draft adapters: pure computation."""

@@ -1,0 +1,332 @@
+"""Draft tokens for a batch of sequences: chains, and EAGLE-2 dynamic trees (arXiv 2406.16858).
+
+Each round begins with one *extension* pass that feeds the draft the target features of the tokens accepted since
+the last round; its last output of a sequence predicts the first draft token. Further draft tokens come from passes
+over the draft's own outputs. Their cache entries lie behind the extended length and are simply overwritten by the
+next round.
+"""
+
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from eda.attention import AttentionRow, PackedBatch
+from eda.draft import DraftModel
+from eda.lora import LoraAdapter
+from eda.private import PrivateSegment
+from eda.sampling import LogitsContext, draft_scores, propose_chain_tokens
+from eda.state import SequenceState
+from eda.target import FineTune, TargetModel
+from eda.verification import Proposal
+
+
+class Proposer:
+    """Runs the shared draft, with each row's own private module, embeddings and output head."""
+
+    def __init__(self, draft: DraftModel, num_slots: int, generator: torch.Generator) -> None:
+        self.draft = draft
+        self.cache = draft.new_cache(num_slots)
+        self._generator = generator
+        self._device = draft.fc.weight.device
+        # Keyed weakly: the rows of a fine-tune that is unloaded go with it.
+        self._head_rows: WeakKeyDictionary[TargetModel | LoraAdapter, Tensor] = WeakKeyDictionary()
+
+    # extension
+
+    def extend(self, states: Sequence[SequenceState]) -> Tensor:
+        """Feeds all pending features to the draft, in one pass.
+
+        A feature is consumed together with the token that follows it. Returns each state's last output ``[B, H]``;
+        the states are in draft order (see ``in_draft_order``) and each has at least one pending feature.
+        """
+        hidden_parts: list[Tensor] = []
+        next_tokens: list[list[int]] = []
+        for state in states:
+            features = state.take_pending_features()
+            start = state.draft_length
+            hidden_parts.append(features)
+            next_tokens.append(state.token_ids[start + 1 : start + 1 + features.shape[0]])
+        lengths = [len(tokens) for tokens in next_tokens]
+        batch = self._pack(states, lengths, [state.draft_length for state in states], None)
+        segments = _private_segments(states, lengths)
+        fused = self.draft.fuse(torch.cat(hidden_parts), segments)
+        tokens = torch.tensor([token for part in next_tokens for token in part], device=self._device)
+        hidden: Tensor = self.draft(fused, self._embed(states, lengths, tokens), batch, self.cache, segments)
+        for state, length in zip(states, lengths, strict=True):
+            state.draft_length += length
+        last = torch.tensor(lengths, device=self._device).cumsum(0) - 1
+        return hidden[last]
+
+    # chains
+
+    def propose_chains(
+        self, states: Sequence[SequenceState], hidden: Tensor, lengths: Sequence[int]
+    ) -> list[Proposal]:
+        """Chains of ``lengths[b]`` tokens from the extension outputs ``hidden [B, H]``; states in draft order."""
+        paths: list[list[int]] = [[] for _ in states]
+        probabilities: list[list[Tensor]] = [[] for _ in states]
+        rows = list(range(len(states)))
+        for step in range(max(lengths)):
+            keep = [index for index, row in enumerate(rows) if lengths[row] > step]
+            if len(keep) < len(rows):
+                rows = [rows[index] for index in keep]
+                hidden = hidden[torch.tensor(keep, device=self._device)]
+            active = [states[row] for row in rows]
+            contexts = [_context(states[row], tuple(paths[row])) for row in rows]
+            columns, draft_probs = propose_chain_tokens(
+                self._logits(active, [1] * len(active), hidden),
+                contexts,
+                [len(states[row].token_ids) + step for row in rows],
+                self.draft.draft_token_ids,
+                self.draft.config.vocab_size,
+                self._generator,
+            )
+            tokens = self.draft.draft_token_ids[columns]
+            for index, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+                paths[row].append(token)
+                if draft_probs is not None and states[row].is_sampled:
+                    probabilities[row].append(draft_probs[index])
+            if step + 1 < max(lengths):
+                hidden = self._step(active, hidden, tokens, step, ones=[1] * len(active))
+        return [
+            Proposal(
+                path,
+                list(range(len(path))),
+                torch.stack(parts) if parts else None,
+                self.draft.draft_token_ids if parts else None,
+            )
+            for path, parts in zip(paths, probabilities, strict=True)
+        ]
+
+    def _step(
+        self, states: Sequence[SequenceState], hidden: Tensor, tokens: Tensor, step: int, ones: list[int]
+    ) -> Tensor:
+        lengths = [state.draft_length + step for state in states]
+        batch = self._pack(states, ones, lengths, None)
+        segments = _private_segments(states, ones)
+        output: Tensor = self.draft(hidden, self._embed(states, ones, tokens), batch, self.cache, segments)
+        return output
+
+    # trees
+
+    def propose_trees(
+        self, states: Sequence[SequenceState], hidden: Tensor, *, top_k: int, depth: int, num_nodes: int
+    ) -> list[Proposal]:
+        """Dynamic trees of one shape for all rows.
+
+        Each level expands the ``top_k`` nodes with the highest joint draft probability into ``top_k`` children; of all
+        nodes the best ``num_nodes`` are proposed. A child is never likelier than its parent, so the choice is a tree.
+        """
+        num_rows = len(states)
+        positions = [len(state.token_ids) for state in states]
+        paths: list[list[tuple[int, ...]]] = [[()] for _ in states]
+        scores, columns = self._expand(states, hidden, paths, positions, top_k, 0)
+        joint = scores[:, 0]  # [B, top_k]
+        frontier_tokens = self.draft.draft_token_ids[columns[:, 0]]  # [B, top_k]
+        all_tokens, all_joint = [frontier_tokens], [joint]
+        all_parents = [torch.zeros(num_rows, top_k, dtype=torch.long, device=self._device)]
+        frontier_ids = torch.arange(1, top_k + 1, device=self._device).expand(num_rows, top_k)
+        hidden = hidden[:, None].expand(-1, top_k, -1)
+        eye = torch.eye(top_k, dtype=torch.bool, device=self._device).expand(num_rows, top_k, top_k)
+        ancestors = eye
+        num_known = top_k
+        for level in range(1, depth):
+            counts = [top_k] * num_rows
+            batch = self._pack(
+                states,
+                counts,
+                [state.draft_length + top_k * (level - 1) for state in states],
+                ancestors,
+                depth=level - 1,
+            )
+            segments = _private_segments(states, counts)
+            tokens = frontier_tokens.reshape(-1)
+            hidden = self.draft(
+                hidden.reshape(num_rows * top_k, -1),
+                self._embed(states, counts, tokens),
+                batch,
+                self.cache,
+                segments,
+            ).view(num_rows, top_k, -1)
+            if any(state.sampling.needs_history for state in states):
+                paths = self._grow_paths(paths, frontier_tokens, frontier_ids, all_parents, level)
+            scores, columns = self._expand(states, hidden, paths, positions, top_k, level)
+            candidates = (joint[:, :, None] + scores).reshape(num_rows, -1)  # [B, top_k * top_k]
+            tokens = self.draft.draft_token_ids[columns].reshape(num_rows, -1)
+            all_tokens.append(tokens)
+            all_joint.append(candidates)
+            all_parents.append(frontier_ids.repeat_interleave(top_k, dim=1))
+            joint, chosen = candidates.topk(top_k, dim=1)
+            frontier_tokens = tokens.gather(1, chosen)
+            frontier_ids = chosen + (num_known + 1)
+            num_known += top_k * top_k
+            parents = chosen // top_k
+            hidden = hidden.gather(1, parents[:, :, None].expand(-1, -1, hidden.shape[2]))
+            inherited = ancestors.gather(1, parents[:, :, None].expand(-1, -1, ancestors.shape[2]))
+            ancestors = torch.cat([inherited, eye], dim=2)
+        return _best_nodes(
+            torch.cat(all_tokens, 1), torch.cat(all_joint, 1), torch.cat(all_parents, 1), num_nodes
+        )
+
+    def _expand(
+        self,
+        states: Sequence[SequenceState],
+        hidden: Tensor,
+        paths: list[list[tuple[int, ...]]],
+        positions: list[int],
+        top_k: int,
+        level: int,
+    ) -> tuple[Tensor, Tensor]:
+        """The ``top_k`` best children of each node: log-probabilities and draft columns, both ``[B, nodes, top_k]``."""
+        nodes = hidden.shape[1] if hidden.dim() == 3 else 1
+        logits = self._logits(states, [nodes] * len(states), hidden.reshape(len(states) * nodes, -1))
+        contexts = [
+            _context(state, row_paths[min(node, len(row_paths) - 1)], level)
+            for state, row_paths in zip(states, paths, strict=True)
+            for node in range(nodes)
+        ]
+        node_positions = [position + level for position in positions for _ in range(nodes)]
+        scores = draft_scores(
+            logits, contexts, node_positions, self.draft.draft_token_ids, self.draft.config.vocab_size
+        )
+        values, columns = scores.view(len(states), nodes, -1).topk(top_k, dim=-1)
+        return values, columns
+
+    @staticmethod
+    def _grow_paths(
+        paths: list[list[tuple[int, ...]]],
+        frontier_tokens: Tensor,
+        frontier_ids: Tensor,
+        all_parents: list[Tensor],
+        level: int,
+    ) -> list[list[tuple[int, ...]]]:
+        """Drafted tokens on the way to each frontier node, for penalties that depend on them."""
+        top_k = frontier_tokens.shape[1]
+        if level == 1:
+            return [[(token,) for token in row] for row in frontier_tokens.tolist()]
+        # The frontier's parents are nodes of the last frontier; their place in it is the candidate's row block.
+        offset = sum(part.shape[1] for part in all_parents[:-1])
+        places = ((frontier_ids - 1 - offset) // top_k).tolist()
+        return [
+            [(*old[place], token) for place, token in zip(row_places, row_tokens, strict=True)]
+            for old, row_places, row_tokens in zip(paths, places, frontier_tokens.tolist(), strict=True)
+        ]
+
+    # shared
+
+    def _pack(
+        self,
+        states: Sequence[SequenceState],
+        counts: Sequence[int],
+        lengths: Sequence[int],
+        ancestors: Tensor | None,
+        depth: int = 0,
+    ) -> PackedBatch:
+        """Places ``counts[b]`` new tokens of each row behind its ``lengths[b]`` cached ones."""
+        rows: list[AttentionRow] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        for index, (state, count, length) in enumerate(zip(states, counts, lengths, strict=True)):
+            start = state.slot_start
+            mask = None if ancestors is None else ancestors[index]
+            rows.append(AttentionRow(len(slots), count, start, length + count, mask))
+            slots.extend(range(start + length, start + length + count))
+            if ancestors is None:
+                positions.extend(range(length, length + count))
+            else:
+                positions.extend([state.draft_length + depth] * count)
+        return PackedBatch(
+            torch.tensor(positions, device=self._device), torch.tensor(slots, device=self._device), rows
+        )
+
+    def _embed(self, states: Sequence[SequenceState], counts: Sequence[int], tokens: Tensor) -> Tensor:
+        parts = [fine_tune.embed(tokens[start:end]) for fine_tune, start, end in _runs(states, counts)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _logits(self, states: Sequence[SequenceState], counts: Sequence[int], hidden: Tensor) -> Tensor:
+        parts = [
+            self.draft.logits(hidden[start:end], self._rows_of_head(fine_tune))
+            for fine_tune, start, end in _runs(states, counts)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _rows_of_head(self, fine_tune: FineTune) -> Tensor:
+        """The fine-tune's output rows of the draft vocabulary, gathered once."""
+        rows = self._head_rows.get(_output_owner(fine_tune))
+        if rows is None:
+            rows = fine_tune.head_rows(self.draft.draft_token_ids)
+            self._head_rows[_output_owner(fine_tune)] = rows
+        return rows
+
+
+def in_draft_order(states: Sequence[SequenceState]) -> list[int]:
+    """Indices of ``states`` so that equal output layers and equal private modules stand together."""
+    return sorted(
+        range(len(states)),
+        key=lambda index: (id(_output_owner(states[index].fine_tune)), id(states[index].private)),
+    )
+
+
+def _output_owner(fine_tune: FineTune) -> TargetModel | LoraAdapter:
+    """What holds the embeddings and the output layer: LoRAs that leave them alone share their target's."""
+    lora = fine_tune.lora
+    if lora is None:
+        return fine_tune.model
+    parts = (lora.embedding, lora.embedding_weight, lora.head, lora.head_weight)
+    return fine_tune.model if all(part is None for part in parts) else lora
+
+
+def _runs(states: Sequence[SequenceState], counts: Sequence[int]) -> list[tuple[FineTune, int, int]]:
+    """Ranges of tokens whose rows share embeddings and output head: ``(fine_tune, start, end)``."""
+    runs: list[tuple[FineTune, int, int]] = []
+    end = 0
+    for state, count in zip(states, counts, strict=True):
+        if runs and _output_owner(runs[-1][0]) is _output_owner(state.fine_tune):
+            runs[-1] = (runs[-1][0], runs[-1][1], end + count)
+        else:
+            runs.append((state.fine_tune, end, end + count))
+        end += count
+    return runs
+
+
+def _private_segments(states: Sequence[SequenceState], counts: Sequence[int]) -> list[PrivateSegment]:
+    segments: list[PrivateSegment] = []
+    end = 0
+    for state, count in zip(states, counts, strict=True):
+        start, end = end, end + count
+        if state.private is None:
+            continue
+        if segments and segments[-1].module is state.private and segments[-1].end == start:
+            start = segments.pop().start
+        segments.append(PrivateSegment(state.private, start, end))
+    return segments
+
+
+def _context(state: SequenceState, path: tuple[int, ...], level: int | None = None) -> LogitsContext:
+    """What processing the draft's logits needs to know after drafting ``path``."""
+    drafted = len(path) if level is None else level
+    return LogitsContext(state.sampling, state.history, path, state.num_generated + drafted)
+
+
+def _best_nodes(tokens: Tensor, joint: Tensor, parents: Tensor, num_nodes: int) -> list[Proposal]:
+    """Keeps the ``num_nodes`` likeliest nodes of each row; all arguments ``[B, nodes]``, parents before children."""
+    # A stable sort puts a parent before its child also when both are equally likely.
+    values, order = joint.sort(dim=1, descending=True, stable=True)
+    proposals = []
+    for row_values, row_order, row_tokens, row_parents in zip(
+        values[:, :num_nodes].tolist(),
+        order[:, :num_nodes].tolist(),
+        tokens.tolist(),
+        parents.tolist(),
+        strict=True,
+    ):
+        kept = sorted(
+            node for node, value in zip(row_order, row_values, strict=True) if value > float("-inf")
+        )
+        new_id = {0: 0, **{node + 1: place + 1 for place, node in enumerate(kept)}}
+        proposals.append(
+            Proposal([row_tokens[node] for node in kept], [new_id[row_parents[node]] for node in kept])
+        )
+    return proposals

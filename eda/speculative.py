@@ -1,0 +1,406 @@
+"""The speculative step: propose -> verify -> accept, for a batch of sequences.
+
+One ``SpeculativeDecoder.step`` runs the draft for every row that speculates, one target pass over all rows (prompt
+chunks included), and accepts what the target agrees with. Plain decoding is the same step without a proposal. The
+output is the target's own, whatever the draft: see ``eda/verification.py`` for the rules.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eda.attention import AttentionRow, PackedBatch
+from eda.draft import DraftModel
+from eda.errors import MismatchError
+from eda.kv_cache import KVCache
+from eda.lora import LoraSegment
+from eda.proposer import Proposer, in_draft_order
+from eda.sampling import TokenHistory
+from eda.state import SequenceState, Speculation
+from eda.target import TargetModel
+from eda.verification import Proposal, TokenLogprobs, VerificationRow, verify
+
+__all__ = ["ScheduledRow", "SequenceState", "Speculation", "SpeculativeDecoder", "StepResult"]
+
+MAX_PENDING_FEATURES = 64
+"""A sequence whose drafting is paused keeps at most this many features before the draft reads them anyway."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRow:
+    """A sequence's part of one step: its next ``num_tokens`` uncomputed tokens (1 when decoding)."""
+
+    state: SequenceState
+    num_tokens: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step did for one row."""
+
+    token_ids: list[int]
+    """Emitted tokens; none in the middle of a prompt."""
+    logprobs: list[TokenLogprobs] | None = None
+    num_draft_tokens: int = 0
+    num_accepted: int = 0
+
+
+@dataclass(slots=True)
+class _Row:
+    """A scheduled row on its way through a step."""
+
+    index: int
+    state: SequenceState
+    num_tokens: int
+    emits: bool
+    """Whether this pass computes the last known token, so that new ones follow."""
+    proposal: Proposal | None = None
+    start: int = 0
+
+    @property
+    def num_queries(self) -> int:
+        return self.num_tokens + (len(self.proposal.token_ids) if self.proposal else 0)
+
+
+class SpeculativeDecoder:
+    """Decodes batches of sequences of one target family with one shared draft.
+
+    Args:
+        target: the base model; fine-tunes with weights of their own must have its shapes.
+        draft: the shared draft, or ``None`` for plain decoding only.
+        num_slots: size of the key/value cache in tokens.
+        seed: of the generator that unseeded sampling uses; ``None`` takes a fresh one.
+        block_verification: accept sampled chains as blocks (Sun et al. 2024).
+
+    Raises:
+        MismatchError: the draft was made for a target of other sizes.
+    """
+
+    def __init__(
+        self,
+        target: TargetModel,
+        draft: DraftModel | None = None,
+        *,
+        num_slots: int = 8192,
+        seed: int | None = None,
+        block_verification: bool = False,
+    ) -> None:
+        self.target = target
+        self.cache: KVCache = target.new_cache(num_slots)
+        self.block_verification = block_verification
+        self._device = target.device
+        self._generator = torch.Generator(self._device)
+        if seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(seed)
+        self.proposer: Proposer | None = None
+        if draft is not None:
+            check_draft_fits(draft, target)
+            self.proposer = Proposer(draft, num_slots, self._generator)
+
+    @staticmethod
+    def bytes_per_slot(target: TargetModel, draft: DraftModel | None) -> int:
+        """Cache memory of one token, target and draft together, in bytes."""
+        config = target.config
+        size = KVCache.bytes_per_slot(config.num_layers, config.num_kv_heads, config.head_dim, target.dtype)
+        if draft is not None:
+            own = draft.config
+            size += KVCache.bytes_per_slot(1, own.num_kv_heads, own.head_dim, target.dtype)
+        return size
+
+    # admission
+
+    def _capacity(self, state: SequenceState) -> int:
+        return state.max_length + (state.speculation.slots if self._can_draft(state) else 0)
+
+    def _can_draft(self, state: SequenceState) -> bool:
+        return state.drafts and self.proposer is not None
+
+    def fits(self, state: SequenceState) -> bool:
+        """Whether the sequence would fit into an empty cache."""
+        return self._capacity(state) <= self.cache.num_slots
+
+    def can_admit(self, state: SequenceState) -> bool:
+        """Whether ``admit`` would succeed now."""
+        return self.cache.allocator.can_allocate(self._capacity(state))
+
+    def admit(self, state: SequenceState) -> None:
+        """Reserves cache slots for the sequence's whole life. Raises ``CacheFullError``."""
+        state.extent = self.cache.allocator.allocate(self._capacity(state))
+        state.drafts = self._can_draft(state)
+        if self.proposer is not None:
+            state.fine_tune.model.tap_layers = self.proposer.draft.config.tap_layers
+        if state.sampling.needs_history:
+            state.history = TokenHistory(state.token_ids, self.target.config.vocab_size, self._device)
+
+    def release(self, state: SequenceState) -> None:
+        """Gives the sequence's slots back; nothing happens when it has none."""
+        if state.extent is not None:
+            self.cache.allocator.release(state.extent)
+            state.extent = None
+
+    # the step
+
+    @torch.inference_mode()
+    def step(self, scheduled: Sequence[ScheduledRow]) -> list[StepResult]:
+        """Propose, verify and accept for every row; results in the order of ``scheduled``.
+
+        Raises ``ValueError`` for a row that was not admitted or schedules more tokens than it has.
+        """
+        rows = [
+            _Row(index, row.state, row.num_tokens, emits=row.num_tokens == row.state.num_uncomputed)
+            for index, row in enumerate(scheduled)
+        ]
+        for row in rows:
+            if row.state.extent is None or not 1 <= row.num_tokens <= row.state.num_uncomputed:
+                raise ValueError(
+                    f"row {row.index} schedules {row.num_tokens} tokens; it is admitted: "
+                    f"{row.state.extent is not None}, and has {row.state.num_uncomputed} to compute"
+                )
+        self._propose(rows)
+        logits = self._verify_pass(rows)
+        return self._accept(rows, logits)
+
+    # propose
+
+    def _propose(self, rows: list[_Row]) -> None:
+        if self.proposer is None:
+            return
+        lengths = [self._draft_length(row) for row in rows]
+        extending = [
+            index
+            for index, row in enumerate(rows)
+            if row.state.num_pending_features
+            and (
+                lengths[index]
+                or row.state.is_prefilling
+                or row.state.num_pending_features >= MAX_PENDING_FEATURES
+            )
+        ]
+        if not extending:
+            return
+        extending = [extending[index] for index in in_draft_order([rows[index].state for index in extending])]
+        hidden = self.proposer.extend([rows[index].state for index in extending])
+        by_shape: dict[tuple[int, int, int] | None, list[int]] = {}
+        for place, index in enumerate(extending):
+            if lengths[index]:
+                shape = rows[index].state.speculation
+                key = (
+                    (shape.tree_top_k, lengths[index], shape.tree_num_nodes) if shape.mode == "tree" else None
+                )
+                by_shape.setdefault(key, []).append(place)
+        for key, places in by_shape.items():
+            chosen = [rows[extending[place]] for place in places]
+            states = [row.state for row in chosen]
+            inputs = (
+                hidden if len(places) == len(extending) else hidden[torch.tensor(places, device=self._device)]
+            )
+            if key is None:
+                proposals = self.proposer.propose_chains(
+                    states, inputs, [lengths[row.index] for row in chosen]
+                )
+            else:
+                top_k, depth, num_nodes = key
+                proposals = self.proposer.propose_trees(
+                    states, inputs, top_k=top_k, depth=depth, num_nodes=num_nodes
+                )
+            for row, proposal in zip(chosen, proposals, strict=True):
+                row.proposal = proposal if proposal.token_ids else None
+
+    def _draft_length(self, row: _Row) -> int:
+        """Draft tokens (chain) or levels (tree) that make sense for this row now."""
+        state = row.state
+        if not state.drafts or state.is_prefilling or state.speculation.mode == "none":
+            return 0
+        # The verifying pass always emits one token itself, so the last position needs no draft.
+        room = state.max_length - len(state.token_ids) - 1
+        length = min(state.speculation.num_speculative_tokens, room)
+        # A speculation set after admission may ask for more slots than were reserved.
+        extent = state.extent
+        if extent is not None and len(state.token_ids) + state.speculation.slots > extent.capacity:
+            length = (
+                min(length, extent.capacity - len(state.token_ids) - 1)
+                if state.speculation.mode == "chain"
+                else 0
+            )
+        return max(0, length)
+
+    # verify
+
+    def _verify_pass(self, rows: list[_Row]) -> Tensor:
+        """One target pass per set of full weights. Returns logits of all nodes of all emitting rows, in row order."""
+        # Rows of one LoRA stand together, so that each adapter is one segment of the pack.
+        by_model: dict[int, list[_Row]] = {}
+        for row in rows:
+            by_model.setdefault(id(row.state.fine_tune.model), []).append(row)
+        parts: dict[int, Tensor] = {}
+        for group in by_model.values():
+            group.sort(key=lambda row: id(row.state.fine_tune.lora))
+            self._target_pass(group, parts)
+        ordered = [parts[row.index] for row in rows if row.emits]
+        if not ordered:
+            return torch.empty(0, self.target.config.vocab_size, device=self._device)
+        return ordered[0] if len(ordered) == 1 else torch.cat(ordered)
+
+    def _target_pass(self, group: list[_Row], parts: dict[int, Tensor]) -> None:
+        model = group[0].state.fine_tune.model
+        tokens, batch = self._pack(group)
+        keeps_features = any(row.state.drafts for row in group)
+        output = model(
+            tokens, batch, self.cache, _lora_segments(group, emitting=False), with_features=keeps_features
+        )
+        wanted = [
+            index
+            for row in group
+            if row.emits
+            for index in range(row.start + row.num_tokens - 1, row.start + row.num_queries)
+        ]
+        if wanted:
+            hidden = output.hidden
+            if len(wanted) < hidden.shape[0]:
+                hidden = hidden[torch.tensor(wanted, device=self._device)]
+            logits = model.logits(hidden, _lora_segments(group, emitting=True))
+            offset = 0
+            for row in group:
+                if row.emits:
+                    count = row.num_queries - row.num_tokens + 1
+                    parts[row.index] = logits[offset : offset + count]
+                    offset += count
+        for row in group:
+            if row.state.drafts and output.features is not None:
+                row.state.keep_features(output.features[row.start : row.start + row.num_queries])
+
+    def _pack(self, group: list[_Row]) -> tuple[Tensor, PackedBatch]:
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        rope_lengths: list[int] = []
+        attention_rows: list[AttentionRow] = []
+        for row in group:
+            state, first = row.state, row.state.num_computed
+            row.start = len(tokens)
+            tokens += state.token_ids[first : first + row.num_tokens]
+            row_positions = list(range(first, first + row.num_tokens))
+            mask = None
+            if row.proposal is not None:
+                tokens += row.proposal.token_ids
+                row_positions += [first + depth for depth in row.proposal.depths()]
+                if not row.proposal.is_chain:
+                    mask = _ancestor_mask(row.proposal).to(self._device)
+            positions += row_positions
+            rope_lengths += [max(state.num_prompt_tokens, position + 1) for position in row_positions]
+            slots += range(state.slot_start + first, state.slot_start + first + row.num_queries)
+            attention_rows.append(
+                AttentionRow(row.start, row.num_queries, state.slot_start, first + row.num_queries, mask)
+            )
+        packed = torch.tensor([tokens, positions, slots, rope_lengths], device=self._device)
+        return packed[0], PackedBatch(packed[1], packed[2], attention_rows, packed[3])
+
+    # accept
+
+    def _accept(self, rows: list[_Row], logits: Tensor) -> list[StepResult]:
+        emitting = [row for row in rows if row.emits]
+        verdicts = verify(
+            logits,
+            [
+                VerificationRow(
+                    row.state.sampling,
+                    row.proposal,
+                    row.state.history,
+                    row.state.num_generated,
+                    len(row.state.token_ids),
+                )
+                for row in emitting
+            ],
+            self._generator,
+            block=self.block_verification,
+        )
+        results = [StepResult([]) for _ in rows]
+        source: list[int] = []
+        destination: list[int] = []
+        for row, verdict in zip(emitting, verdicts, strict=True):
+            state, extent = row.state, row.state.extent
+            if extent is None:
+                raise RuntimeError("a sequence was released in the middle of a step")
+            accepted = verdict.accepted_nodes
+            if row.proposal is not None and state.drafts:
+                _keep_accepted_features(state, row.num_tokens, accepted)
+            first = extent.start + extent.length + row.num_tokens - 1
+            for place, node in enumerate(accepted, start=1):
+                if node != place:
+                    source.append(first + node)
+                    destination.append(first + place)
+            extent.length += row.num_tokens + len(accepted)
+            state.token_ids.extend(verdict.token_ids)
+            if state.history is not None:
+                state.history.append(verdict.token_ids)
+            results[row.index] = StepResult(
+                verdict.token_ids,
+                verdict.logprobs,
+                len(row.proposal.token_ids) if row.proposal else 0,
+                len(accepted),
+            )
+        for row in rows:
+            if not row.emits and row.state.extent is not None:
+                row.state.extent.length += row.num_tokens
+        if source:
+            self.cache.move(
+                torch.tensor(source, device=self._device), torch.tensor(destination, device=self._device)
+            )
+        return results
+
+
+def check_draft_fits(draft: DraftModel, target: TargetModel) -> None:
+    """Raises ``MismatchError`` when the draft was made for another target, by sizes or by fingerprint."""
+    for name in ("hidden_size", "vocab_size"):
+        theirs, ours = getattr(target.config, name), getattr(draft.config, name)
+        if theirs != ours:
+            raise MismatchError(f"the draft was made for {name} {ours}; the target has {theirs}")
+    if max(draft.config.tap_layers) >= target.config.num_layers:
+        raise MismatchError(
+            f"the draft taps layers {draft.config.tap_layers}; the target has {target.config.num_layers} layers"
+        )
+    recorded = draft.config.target_fingerprint
+    if recorded and recorded != target.fingerprint:
+        raise MismatchError(
+            f"the draft was trained for the target {recorded[:16]}...; this target is {target.fingerprint[:16]}..."
+        )
+
+
+def _ancestor_mask(proposal: Proposal) -> Tensor:
+    """Bool ``[1 + n, 1 + n]``: node ``i`` (0 is the root) sees itself and its ancestors."""
+    size = 1 + len(proposal.token_ids)
+    mask = torch.eye(size, dtype=torch.bool)
+    for node, parent in enumerate(proposal.parents, start=1):
+        mask[node] |= mask[parent]
+    return mask
+
+
+def _keep_accepted_features(state: SequenceState, num_tokens: int, accepted: list[int]) -> None:
+    """Of the features stored last, keeps the known tokens' and the accepted nodes'."""
+    features = state._pending.pop()
+    if accepted == list(range(1, len(accepted) + 1)):
+        state.keep_features(features[: num_tokens + len(accepted)])
+    else:
+        kept = list(range(num_tokens)) + [num_tokens - 1 + node for node in accepted]
+        state.keep_features(features[torch.tensor(kept, device=features.device)])
+
+
+def _lora_segments(group: list[_Row], *, emitting: bool) -> list[LoraSegment]:
+    """Segments of the pack, or of the rows that logits are taken of when ``emitting``."""
+    segments: list[LoraSegment] = []
+    end = 0
+    for row in group:
+        if emitting and not row.emits:
+            continue
+        start, end = end, end + (row.num_queries - row.num_tokens + 1 if emitting else row.num_queries)
+        lora = row.state.fine_tune.lora
+        if lora is None:
+            continue
+        if segments and segments[-1].adapter is lora and segments[-1].end == start:
+            start = segments.pop().start
+        segments.append(LoraSegment(lora, start, end))
+    return segments

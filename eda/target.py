@@ -1,0 +1,334 @@
+"""The target: the model whose output the user gets, run over packed tokens and the key/value cache."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from eda.attention import PackedBatch, masks_for
+from eda.checkpoint import (
+    ADAPTER_CONFIG_FILE,
+    Checkpoint,
+    copy_weights,
+    layer_projections,
+    resolve_directory,
+    vocabulary,
+)
+from eda.config import ModelConfig
+from eda.errors import MismatchError
+from eda.fingerprint import fingerprint_directory
+from eda.kv_cache import KVCache
+from eda.layers import DecoderLayer, RMSNorm
+from eda.linear import packed_linear, packed_weight
+from eda.lora import LoraAdapter, LoraSegment, add_low_rank
+from eda.rotary import RotaryEmbedding
+
+_EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
+_RECOMPUTED = re.compile(r"rotary_emb\.inv_freq$")  # older checkpoints stored what the config determines
+# A fine-tune shares the base's draft, whose cache and features have these sizes.
+_SHARED_SIZES = (
+    "architecture",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TargetOutput:
+    """What a pass over ``T`` tokens gives."""
+
+    hidden: Tensor
+    """``[T, hidden_size]`` after the final norm."""
+    features: Tensor | None
+    """``[T, 3 * hidden_size]``: the hidden states after the three tapped layers, low to high."""
+
+
+class TargetModel(nn.Module):
+    """A decoder-only causal language model. Parameters are frozen."""
+
+    def __init__(self, config: ModelConfig, *, fingerprint: str = "", path: Path | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.fingerprint = fingerprint
+        self.path = path
+        """The directory that the weights came from."""
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.layers = nn.ModuleList([DecoderLayer(config) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = (
+            self.embedding
+            if config.tie_word_embeddings
+            else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        )
+        self.rotary = RotaryEmbedding(config.rope, config.head_dim)
+        self._packed_head: Tensor | None = None
+        self._tap_layers = default_tap_layers(config.num_layers)
+        self.requires_grad_(False)
+
+    @classmethod
+    def load(
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Reads a Hugging Face checkpoint, a local directory or a hub id.
+
+        Args:
+            dtype: type to compute in; ``None`` chooses by the device (see ``automatic_dtype``).
+
+        Raises:
+            CheckpointError: the directory is missing, incomplete, misshapen or in an unsafe format.
+            UnsupportedModelError: the architecture is not implemented; the message lists those that are.
+        """
+        path = resolve_directory(path_or_hub_id)
+        config = ModelConfig.from_directory(path)
+        checkpoint = Checkpoint.of_model(path)
+        if config.tie_word_embeddings and _HEAD in checkpoint and _EMBEDDING in checkpoint:
+            # A config may say "tied" while the file holds two different matrices; the file is right.
+            tied = torch.equal(checkpoint.tensor(_HEAD), checkpoint.tensor(_EMBEDDING))
+            config = replace(config, tie_word_embeddings=tied)
+        with torch.device("meta"):  # no time and memory for an initialisation that is overwritten
+            model = cls(config, fingerprint=fingerprint_directory(path), path=path)
+        model = model.to(dtype or automatic_dtype(device)).to_empty(device=device)
+        if config.tie_word_embeddings:
+            model.head = model.embedding
+        ignored = re.compile(f"{_RECOMPUTED.pattern}|^{re.escape(_HEAD)}$")
+        copy_weights(checkpoint, model._places(), ignored if config.tie_word_embeddings else _RECOMPUTED)
+        model._pack()
+        return model.requires_grad_(False)
+
+    def _pack(self) -> None:
+        """Lays weights out for the CPU's kernels. The head keeps its plain rows, which drafts read, beside it."""
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            for linear in layer.fused_projections().values():
+                linear.pack()
+        self._packed_head = packed_weight(self.head)
+
+    def _places(self) -> dict[str, Tensor]:
+        """Where each tensor of a checkpoint belongs: views of the fused weights, by the checkpoint's names."""
+        places: dict[str, Tensor] = {_EMBEDDING: self.embedding, "model.norm.weight": self.norm.weight}
+        if not self.config.tie_word_embeddings:
+            places[_HEAD] = self.head
+        projections = layer_projections(self.config)
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            prefix = f"model.layers.{index}"
+            places[f"{prefix}.input_layernorm.weight"] = layer.attention_norm.weight
+            places[f"{prefix}.post_attention_layernorm.weight"] = layer.feed_forward_norm.weight
+            for name, norm in (("q_norm", layer.attention.q_norm), ("k_norm", layer.attention.k_norm)):
+                if norm is not None:
+                    places[f"{prefix}.self_attn.{name}.weight"] = norm.weight
+            fused = layer.fused_projections()
+            for name, projection in projections.items():
+                linear = fused[projection.fused]
+                rows = slice(projection.out_start, projection.out_start + projection.out_size)
+                places[f"{prefix}.{name}.weight"] = linear.weight.data[rows]
+                if linear.bias is not None:
+                    places[f"{prefix}.{name}.bias"] = linear.bias.data[rows]
+        return places
+
+    @property
+    def tap_layers(self) -> tuple[int, int, int]:
+        """The layers, counted from 0, whose outputs are the draft's features."""
+        return self._tap_layers
+
+    @tap_layers.setter
+    def tap_layers(self, layers: tuple[int, int, int]) -> None:
+        if len(layers) != 3 or not all(0 <= layer < self.config.num_layers for layer in layers):
+            raise ValueError(
+                f"tap_layers is {layers}; three layers between 0 and {self.config.num_layers - 1} are needed"
+            )
+        self._tap_layers = layers
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    def new_cache(self, num_slots: int) -> KVCache:
+        """An empty cache for ``num_slots`` tokens, in the model's type and on its device."""
+        return KVCache(
+            num_layers=self.config.num_layers,
+            num_kv_heads=self.config.num_kv_heads,
+            head_dim=self.config.head_dim,
+            num_slots=num_slots,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def embed(self, token_ids: Tensor, lora_segments: Sequence[LoraSegment] = ()) -> Tensor:
+        """Embeddings ``[T, hidden_size]`` of ``token_ids`` ``[T]``."""
+        hidden = functional.embedding(token_ids, self.embedding)
+        for segment in lora_segments:
+            rows, adapter = slice(segment.start, segment.end), segment.adapter
+            if adapter.embedding_weight is not None:
+                hidden[rows] = functional.embedding(token_ids[rows], adapter.embedding_weight)
+            if adapter.embedding is not None:
+                inner = adapter.embedding.a[:, token_ids[rows]].T
+                hidden[rows].addmm_(inner, adapter.embedding.blocks[0].b.T)
+        return hidden
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        batch: PackedBatch,
+        cache: KVCache,
+        lora_segments: Sequence[LoraSegment] = (),
+        *,
+        with_features: bool = True,
+    ) -> TargetOutput:
+        """Runs all layers over ``token_ids`` ``[T]`` and leaves their keys and values in ``cache``.
+
+        Shared weights run once for all tokens; a LoRA segment adds its low-rank products to its own tokens.
+        """
+        hidden = self.embed(token_ids, lora_segments)
+        longest = max(row.kv_len for row in batch.rows)
+        self.rotary.reserve(longest, dtype=hidden.dtype, device=hidden.device)
+        cos, sin = self.rotary(batch.positions, batch.rope_lengths, hidden.dtype)
+        # A window that no row outgrows hides nothing, so its layers share the masks of full attention.
+        windows = [w if w is not None and w < longest else None for w in self.config.layer_windows]
+        masks = {window: masks_for(batch, window) for window in set(windows)}
+        features: dict[int, Tensor] = {}
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, cos, sin, cache, index, batch, masks[windows[index]], lora_segments)
+            if with_features and index in self._tap_layers:
+                features[index] = hidden
+        fused = torch.cat([features[index] for index in self._tap_layers], dim=-1) if with_features else None
+        return TargetOutput(self.norm(hidden), fused)
+
+    def logits(self, hidden: Tensor, lora_segments: Sequence[LoraSegment] = ()) -> Tensor:
+        """Float32 ``[N, vocab_size]`` from the final ``hidden`` ``[N, hidden_size]``.
+
+        ``lora_segments`` count these ``N`` rows, not the tokens of the pass.
+        """
+        if self._packed_head is None:
+            logits = functional.linear(hidden, self.head)
+        else:
+            logits = packed_linear(hidden, self._packed_head, self.config.vocab_size)
+        for segment in lora_segments:
+            rows, adapter = slice(segment.start, segment.end), segment.adapter
+            if adapter.head_weight is not None:
+                logits[rows] = functional.linear(hidden[rows], adapter.head_weight)
+            add_low_rank(logits, hidden, segment, adapter.head)
+        return logits.float()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FineTune:
+    """What a request's ``model`` resolves to: a target, with or without a LoRA on it."""
+
+    name: str
+    model: TargetModel
+    lora: LoraAdapter | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights that produce the output: the target's, joined with the LoRA's where there is one."""
+        return (
+            self.model.fingerprint
+            if self.lora is None
+            else f"{self.model.fingerprint}+{self.lora.fingerprint}"
+        )
+
+    @property
+    def output_key(self) -> str:
+        """Equal for fine-tunes with the same output layer, so that rows taken from it can be shared."""
+        own = self.lora is not None and (self.lora.head is not None or self.lora.head_weight is not None)
+        return self.fingerprint if own else self.model.fingerprint
+
+    def lora_segments(self, start: int, end: int) -> tuple[LoraSegment, ...]:
+        """The LoRA on tokens ``start`` to ``end``; empty without one."""
+        return () if self.lora is None else (LoraSegment(self.lora, start, end),)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """This fine-tune's embeddings ``[T, hidden_size]`` of ``token_ids`` ``[T]``."""
+        return self.model.embed(token_ids, self.lora_segments(0, token_ids.shape[0]))
+
+    def head_rows(self, token_ids: Tensor) -> Tensor:
+        """Rows ``[n, hidden_size]`` of this fine-tune's output layer for ``token_ids`` ``[n]``, LoRA merged in."""
+        if self.lora is None:
+            return self.model.head[token_ids]
+        rows = (self.model.head if self.lora.head_weight is None else self.lora.head_weight)[token_ids]
+        if self.lora.head is not None:
+            rows = rows + self.lora.head.blocks[0].b[token_ids] @ self.lora.head.a
+        return rows
+
+
+def load_fine_tune(path_or_hub_id: str | Path, base: TargetModel, name: str) -> FineTune:
+    """A fine-tune of ``base``: a PEFT LoRA directory, or a full checkpoint of the same sizes and vocabulary.
+
+    Raises:
+        CheckpointError: unreadable or unsafe.
+        UnsupportedModelError: an adapter kind or architecture that is not implemented.
+        MismatchError: made for another base, or a full checkpoint with other sizes or another vocabulary.
+    """
+    path = resolve_directory(path_or_hub_id)
+    _check_vocabulary(path, base)
+    if (path / ADAPTER_CONFIG_FILE).exists():
+        lora = LoraAdapter.load(
+            path, base.config, base_fingerprint=base.fingerprint, dtype=base.dtype, device=base.device
+        )
+        return FineTune(name, base, _without_copies(lora, base))
+    config = ModelConfig.from_directory(path)
+    differing = [
+        f"{field} {getattr(config, field)} (base: {getattr(base.config, field)})"
+        for field in _SHARED_SIZES
+        if getattr(config, field) != getattr(base.config, field)
+    ]
+    if differing:
+        raise MismatchError(f"{path} is no fine-tune of this base: {', '.join(differing)}")
+    model = TargetModel.load(path, dtype=base.dtype, device=base.device)
+    model.tap_layers = base.tap_layers
+    return FineTune(name, model)
+
+
+def _check_vocabulary(path: Path, base: TargetModel) -> None:
+    theirs = vocabulary(path)
+    ours = vocabulary(base.path) if theirs is not None and base.path is not None else None
+    if theirs is not None and ours is not None and theirs != ours:
+        raise MismatchError(
+            f"{path / 'tokenizer.json'} has another vocabulary ({len(theirs)} entries) than the base's "
+            f"{base.path} ({len(ours)} entries)"
+        )
+
+
+def _without_copies(lora: LoraAdapter, base: TargetModel) -> LoraAdapter:
+    """PEFT saves the base's embedding and head along with a LoRA on them; copies of the base's are dropped."""
+    embedding, head = lora.embedding_weight, lora.head_weight
+    return replace(
+        lora,
+        embedding_weight=None if embedding is None or torch.equal(embedding, base.embedding) else embedding,
+        head_weight=None if head is None or torch.equal(head, base.head) else head,
+    )
+
+
+def automatic_dtype(device: torch.device | str) -> torch.dtype:
+    """bfloat16 where it is fast (CUDA, CPUs with matrix units for it), float32 elsewhere."""
+    kind = torch.device(device).type
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return torch.bfloat16 if kind == "cuda" or (kind == "cpu" and has_amx()) else torch.float32
+
+
+def default_tap_layers(num_layers: int) -> tuple[int, int, int]:
+    """Low, middle and high: ``(2, L // 2, L - 3)``, moved apart where a small model would repeat a layer."""
+    high = min(num_layers - 1, max(num_layers - 3, 2))
+    low = min(2, max(high - 2, 0))
+    middle = min(max(num_layers // 2, low + 1), max(high - 1, low))
+    return low, middle, high

@@ -1,0 +1,1 @@
+"""Training of the shared draft and of private modules: regenerate, select, train, evaluate."""

@@ -1,0 +1,95 @@
+"""Stage 2: the private module of one fine-tune. The shared draft stays as it is, bit for bit."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from eda.draft import DraftModel
+from eda.errors import TrainingError
+from eda.private import PrivateModule
+from eda.target import FineTune
+from eda.training.dataset import Dataset
+from eda.training.files import hash_of_json, provenance, write_json
+from eda.training.progress import OnProgress, ShouldStop, ignore_progress, never_stop
+from eda.training.samples import Sample
+from eda.training.target_states import DEFAULT_MEMORY_BYTES, StateCache
+from eda.training.trainees import private_trainee
+from eda.training.trainer import TrainingConfig, TrainingReport, train
+
+WEIGHTS_FILE = "private.safetensors"
+REPORT_FILE = "train.json"
+CHECKPOINT_FILE = "checkpoint.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateTrainingConfig:
+    """How a private module is made.
+
+    Attributes:
+        intermediate_size: width; ``None`` takes a quarter of the shared network's.
+        fc_rank: rank of the correction of ``fc``; 0 leaves it out.
+        memory_bytes: for cached target states.
+    """
+
+    intermediate_size: int | None = None
+    fc_rank: int = 0
+    memory_bytes: int = DEFAULT_MEMORY_BYTES
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+def train_private_module(
+    fine_tune: FineTune,
+    draft: DraftModel,
+    samples: Sequence[Sample],
+    held_out: Sequence[Sample],
+    directory: Path,
+    config: PrivateTrainingConfig,
+    *,
+    on_progress: OnProgress = ignore_progress,
+    should_stop: ShouldStop = never_stop,
+) -> tuple[PrivateModule, TrainingReport]:
+    """Trains on ``samples`` and writes ``private.safetensors`` and ``train.json`` into ``directory``.
+
+    Args:
+        held_out: greedy answers of ``fine_tune`` to other prompts; they choose the best state.
+
+    Raises like ``train``. An interrupted call goes on from its checkpoint.
+    """
+    width = (
+        draft.config.intermediate_size // 4 if config.intermediate_size is None else config.intermediate_size
+    )
+    sizes = draft.config.private_config(width, config.fc_rank)
+    private = PrivateModule.initialised(sizes, seed=config.training.seed).to(draft.fc.weight.device)
+    trainee = private_trainee(draft, private)
+    report = train(
+        trainee,
+        Dataset(StateCache(fine_tune, samples, memory_bytes=config.memory_bytes)),
+        Dataset(StateCache(fine_tune, held_out, memory_bytes=config.memory_bytes)),
+        config.training,
+        checkpoint=directory / CHECKPOINT_FILE,
+        on_progress=on_progress,
+        should_stop=should_stop,
+    )
+    private.requires_grad_(False)
+    temporary = directory / f".{WEIGHTS_FILE}"
+    try:
+        private.save(temporary)
+        temporary.replace(directory / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"{directory / WEIGHTS_FILE} cannot be written: {error}") from error
+    document = {
+        **provenance(),
+        "config": asdict(config),
+        "sizes": asdict(sizes),
+        "data_hash": hash_of_json([[s.id, s.prompt_ids, s.response_ids] for s in samples]),
+        "draft": draft.fingerprint(),
+        "fine_tune": fine_tune.fingerprint,
+        "num_samples": len(samples),
+        "num_tokens": sum(sample.num_roots for sample in samples),
+        "share_of_draft": trainee.share_of_draft,
+        "report": {**asdict(report), "history": list(report.history)},
+    }
+    write_json(directory / REPORT_FILE, document)
+    return private, report

@@ -1,0 +1,225 @@
+"""Which samples are worth learning from. Every score grows with what the draft would gain."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from eda.draft import DraftModel
+from eda.target import FineTune
+from eda.training.dataset import Dataset
+from eda.training.loss import head_loss
+from eda.training.progress import (
+    OnProgress,
+    ProgressEvent,
+    ShouldStop,
+    StageStoppedError,
+    ignore_progress,
+    never_stop,
+)
+from eda.training.samples import Sample
+from eda.training.target_states import StateCache, TargetStates, compute_states
+from eda.training.unroll import unroll
+
+Score = Literal["deficit", "mahalanobis", "cosine", "divergence", "flatness", "random"]
+SCORES: tuple[Score, ...] = ("deficit", "mahalanobis", "cosine", "divergence", "flatness", "random")
+DEFAULT_SCORE: Score = "deficit"
+_NEEDS_BASE = frozenset({"mahalanobis", "cosine", "divergence"})
+_ROWS = 512
+_SHRINKAGE = 0.05
+"""Share of a scaled identity in the covariance, which has more entries than there may be tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Chosen samples in their old order. Shares are of the roots (answer tokens that are learned from)."""
+
+    samples: tuple[Sample, ...]
+    num_candidates: int
+    kept_tokens: int
+    candidate_tokens: int
+
+
+def score_samples(
+    base: FineTune,
+    fine_tune: FineTune,
+    draft: DraftModel,
+    samples: Sequence[Sample],
+    scores: Sequence[Score] = (DEFAULT_SCORE,),
+    *,
+    seed: int = 0,
+    states: StateCache | None = None,
+    batch_size: int = 16,
+    on_progress: OnProgress = ignore_progress,
+    should_stop: ShouldStop = never_stop,
+) -> dict[Score, list[float]]:
+    """One number per sample for each of ``scores``, means over the answer's positions.
+
+    ``deficit``: 1 - acceptance of the shared draft's first token, what the draft loses directly. ``mahalanobis``:
+    distance of the fine-tune's features from the distribution of the base's. ``cosine``: 1 - cosine of the two models'
+    features. ``divergence``: KL(fine-tune || base) of the next token. ``flatness``: cosine between the fine-tune's
+    distribution and the uniform one. ``random``: the control.
+
+    Args:
+        states: of ``samples`` under ``fine_tune``; what is cached there is not computed again.
+
+    Raises ``StageStoppedError`` when ``should_stop`` says so.
+    """
+    states = states or StateCache(fine_tune, samples)
+    dataset = Dataset(states)
+    wanted = set(scores)
+    found: dict[Score, list[float]] = {score: [0.0] * len(samples) for score in scores}
+    moments = _Moments()
+    rows: list[tuple[int, Tensor]] = []
+    batches = dataset.batches_by_size(batch_size)
+    for place, indices in enumerate(batches):
+        if should_stop():
+            raise StageStoppedError(f"selection stopped after {place} of {len(batches)} batches")
+        own = states.get(indices)
+        if "deficit" in wanted:
+            for index, value in zip(indices, _deficits(draft, dataset, indices), strict=True):
+                found["deficit"][index] = value
+        others: list[TargetStates] | list[None] = [None] * len(indices)
+        if wanted & _NEEDS_BASE:
+            others = compute_states(base, [samples[index] for index in indices])
+        for index, mine, theirs in zip(indices, own, others, strict=True):
+            for score, value in _distribution_scores(fine_tune, base, mine, theirs, wanted).items():
+                found[score][index] = value
+            if theirs is not None:
+                roots = slice(len(samples[index].prompt_ids) - 1, None)
+                fine, plain = mine.features[roots].float(), theirs.features[roots].float()
+                if "cosine" in wanted:
+                    found["cosine"][index] = float((1 - functional.cosine_similarity(fine, plain)).mean())
+                if "mahalanobis" in wanted:
+                    moments.add(plain)
+                    rows.append((index, fine.mean(0)))
+        on_progress(ProgressEvent("select", place + 1, len(batches)))
+    if "mahalanobis" in wanted:
+        distance = moments.distance()
+        for index, feature in rows:
+            found["mahalanobis"][index] = distance(feature)
+    if "random" in wanted:
+        found["random"] = [random.Random(f"{seed}/{sample.id}").random() for sample in samples]
+    return found
+
+
+def select(samples: Sequence[Sample], scores: Sequence[float], keep: float) -> Selection:
+    """The samples with the highest scores, up to a share ``keep`` of all answer tokens; at least one.
+
+    Counting tokens, not samples, makes halves chosen by different scores equally long to train on.
+
+    Raises ``ValueError`` unless ``0 < keep <= 1``.
+    """
+    if not 0.0 < keep <= 1.0:
+        raise ValueError(f"keep is {keep}; it must be above 0 and at most 1")
+    usable = [index for index, sample in enumerate(samples) if sample.num_roots > 0]
+    total = sum(samples[index].num_roots for index in usable)
+    chosen: list[int] = []
+    kept = 0
+    for index in sorted(usable, key=lambda index: (-scores[index], index)):
+        count = samples[index].num_roots
+        # The sample that crosses the line is taken when more of it lies on this side than beyond.
+        if chosen and kept + count / 2 > keep * total:
+            break
+        chosen.append(index)
+        kept += count
+    return Selection(tuple(samples[index] for index in sorted(chosen)), len(usable), kept, total)
+
+
+@torch.no_grad()
+def _deficits(draft: DraftModel, dataset: Dataset, indices: Sequence[int]) -> list[float]:
+    batch = dataset.batch(indices, 1)
+    head_rows = dataset.states.fine_tune.head_rows(draft.draft_token_ids)
+    output = next(
+        unroll(
+            draft,
+            batch.features,
+            batch.embeddings,
+            1,
+            first_roots=batch.first_roots,
+            num_roots=batch.max_roots,
+        )
+    )
+    positions = batch.positions(0)
+    hidden = draft.norm(output[batch.valid(0)])
+    weights = torch.ones(len(hidden), device=hidden.device)
+    result = head_loss(hidden, head_rows, batch.distributions(head_rows), positions, weights)
+    parts = torch.split(result.acceptance, batch.num_roots.tolist())
+    return [1.0 - float(part.mean()) for part in parts]
+
+
+@torch.no_grad()
+def _distribution_scores(
+    fine_tune: FineTune,
+    base: FineTune,
+    mine: TargetStates,
+    theirs: TargetStates | None,
+    wanted: set[Score],
+) -> Mapping[Score, float]:
+    """Scores that need logits over the whole vocabulary."""
+    divergence = flatness = 0.0
+    compared = "divergence" in wanted and theirs is not None
+    if not compared and "flatness" not in wanted:
+        return {}
+    count = mine.hidden.shape[0]
+    for start in range(0, count, _ROWS):
+        part = slice(start, start + _ROWS)
+        log_probs = _log_probabilities(fine_tune, mine, part)
+        probs = log_probs.exp()
+        flatness += float((1.0 / (probs.norm(dim=-1) * probs.shape[-1] ** 0.5)).sum())
+        if theirs is not None and compared:
+            divergence += float((probs * (log_probs - _log_probabilities(base, theirs, part))).sum())
+    found: dict[Score, float] = {}
+    if compared:
+        found["divergence"] = divergence / count
+    if "flatness" in wanted:
+        found["flatness"] = flatness / count
+    return found
+
+
+def _log_probabilities(fine_tune: FineTune, states: TargetStates, part: slice) -> Tensor:
+    hidden = states.hidden[part]
+    logits = fine_tune.model.logits(hidden, fine_tune.lora_segments(0, hidden.shape[0]))
+    return logits - states.log_normaliser[part, None]
+
+
+class _Moments:
+    """Mean and covariance of the base's features, summed in float64 as they come."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._sum: Tensor | None = None
+        self._products: Tensor | None = None
+
+    def add(self, features: Tensor) -> None:
+        """``[n, D]``."""
+        wide = features.double()
+        total, products = wide.sum(0), wide.T @ wide
+        self._count += features.shape[0]
+        self._sum = total if self._sum is None else self._sum + total
+        self._products = products if self._products is None else self._products + products
+
+    def distance(self) -> "_Mahalanobis":
+        if self._sum is None or self._products is None:
+            raise ValueError("no features were added; there is no distribution to measure from")
+        mean = self._sum / self._count
+        covariance = self._products / self._count - mean[:, None] * mean
+        scale = covariance.diagonal().mean().clamp(min=1e-12)
+        size = covariance.shape[0]
+        identity = torch.eye(size, dtype=covariance.dtype, device=covariance.device)
+        shrunk = (1.0 - _SHRINKAGE) * covariance + _SHRINKAGE * scale * identity
+        return _Mahalanobis(mean, torch.linalg.cholesky(shrunk))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Mahalanobis:
+    mean: Tensor
+    factor: Tensor
+
+    def __call__(self, feature: Tensor) -> float:
+        difference = (feature.double() - self.mean)[:, None]
+        return float(torch.linalg.solve_triangular(self.factor, difference, upper=False).norm())

@@ -1,0 +1,109 @@
+"""Is a private module worth training? Measures how much of its acceptance the shared draft keeps on a fine-tune.
+
+Most public fine-tunes shift little, and the shared draft serves them as well as the base.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from eda.draft import DraftModel
+from eda.speculative import SpeculativeDecoder
+from eda.target import FineTune
+from eda.training.acceptance import simulate_acceptance
+from eda.training.dataset import Dataset
+from eda.training.files import provenance, write_json
+from eda.training.progress import OnProgress, ProgressEvent, ShouldStop, ignore_progress, never_stop
+from eda.training.prompts import ChatFormat, Prompt
+from eda.training.regenerate import RegenerationConfig, regenerate
+from eda.training.target_states import StateCache
+
+RETENTION_THRESHOLD = 0.95
+"""Below this share of the base's accepted draft tokens a private module is worth training."""
+
+
+@dataclass(frozen=True, slots=True)
+class TriageReport:
+    """Simulated greedy acceptance lengths of the shared draft, each on the model's own answers to the same prompts.
+
+    Attributes:
+        retention: accepted draft tokens per target pass on the fine-tune over those on the base; above 1 when the
+            fine-tune is easier to draft for than the base.
+    """
+
+    base_length: float
+    fine_tune_length: float
+    base_first_token: float
+    fine_tune_first_token: float
+    retention: float
+    num_prompts: int
+    worthwhile: bool
+    reason: str
+
+
+def triage(
+    base: FineTune,
+    fine_tune: FineTune,
+    draft: DraftModel,
+    base_decoder: SpeculativeDecoder,
+    decoder: SpeculativeDecoder,
+    prompts: Sequence[Prompt],
+    chat: ChatFormat,
+    directory: Path,
+    config: RegenerationConfig,
+    *,
+    threshold: float = RETENTION_THRESHOLD,
+    num_draft_tokens: int = 5,
+    on_progress: OnProgress = ignore_progress,
+    should_stop: ShouldStop = never_stop,
+) -> TriageReport:
+    """Both models answer ``prompts`` greedily into ``directory``; the shared draft is measured on both.
+
+    Args:
+        config: ``sampled_share`` is to be 0.
+
+    Raises like ``regenerate``.
+    """
+    lengths: dict[str, tuple[float, float]] = {}
+    for place, (name, model, model_decoder) in enumerate(
+        (("base", base, base_decoder), ("fine-tune", fine_tune, decoder))
+    ):
+
+        def report(event: ProgressEvent, place: int = place) -> None:
+            on_progress(ProgressEvent("triage", place * event.total + event.done, 2 * event.total))
+
+        samples, _ = regenerate(
+            model_decoder,
+            model,
+            prompts,
+            chat,
+            directory / name,
+            config,
+            on_progress=report,
+            should_stop=should_stop,
+        )
+        measured = simulate_acceptance(
+            draft,
+            None,
+            Dataset(StateCache(model, samples, memory_bytes=0)),
+            num_draft_tokens=num_draft_tokens,
+            should_stop=should_stop,
+        )
+        lengths[name] = (measured.mean_length, measured.first_token)
+    (base_length, base_first), (own_length, own_first) = lengths["base"], lengths["fine-tune"]
+    retention = (own_length - 1.0) / (base_length - 1.0) if base_length > 1.0 else 1.0
+    worthwhile = retention < threshold
+    verdict = "a private module is worth training" if worthwhile else "a private module would gain little"
+    outcome = TriageReport(
+        base_length,
+        own_length,
+        base_first,
+        own_first,
+        retention,
+        len(prompts),
+        worthwhile,
+        f"the shared draft keeps {retention:.0%} of its accepted tokens on this fine-tune (acceptance length "
+        f"{own_length:.2f}, {base_length:.2f} on the base; threshold {threshold:.0%}): {verdict}",
+    )
+    write_json(directory / "triage.json", {"report": asdict(outcome), "provenance": provenance()})
+    return outcome

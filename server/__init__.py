@@ -1,0 +1,1 @@
+"""Who gets served when: continuous batching, HTTP, command line."""

@@ -1,0 +1,84 @@
+"""The adapter service and the worker process, as the settings ask for them."""
+
+from pathlib import Path
+
+from adapters.catalog import Catalog
+from adapters.database import Database, sqlite_url
+from adapters.files import MIB
+from adapters.guard import Guard, GuardSettings
+from adapters.jobs import JobQueue
+from adapters.loading import ModelLoader
+from adapters.names import AllowedRoots
+from adapters.registry import AdapterRegistry
+from adapters.service import AdapterService, ServiceSettings
+from adapters.store import AdapterStore
+from adapters.submission import DataLimits
+from adapters.traffic import TrafficRecorder
+from adapters.worker_process import DATABASE_FILE, WorkerSettings
+from adapters.workspaces import Workspaces
+from server.models import ModelPaths
+from server.settings import Settings
+from server.worker_supervisor import WorkerSupervisor
+
+
+def make_adapter_service(
+    settings: Settings, loader: ModelLoader, paths: ModelPaths, max_model_len: int
+) -> AdapterService:
+    """Everything behind the administrative routes, over ``settings.data_dir``."""
+    data_dir = settings.data_dir
+    database = Database(database_url(settings) or sqlite_url(data_dir / DATABASE_FILE))
+    registry = AdapterRegistry(
+        loader,
+        AdapterStore(data_dir / "adapters", _bundled(paths)),
+        Catalog(database),
+        guard=Guard(GuardSettings(baseline_share=settings.baseline_share)),
+        max_model_len=max_model_len,
+        max_loaded=settings.max_loaded_fine_tunes,
+    )
+    return AdapterService(
+        database,
+        registry,
+        JobQueue(database, queue_limit=settings.max_queued_jobs, max_attempts=settings.max_job_attempts),
+        Workspaces(data_dir / "jobs"),
+        TrafficRecorder(data_dir / "traffic", max_bytes=settings.traffic_max_mib * MIB),
+        ServiceSettings(
+            AllowedRoots([data_dir, settings.models_dir, *settings.adapter_roots]),
+            allow_hub=settings.allow_hub,
+            data_limits=DataLimits(settings.max_prompt_file_mib * MIB, settings.reserve_disk_mib * MIB),
+        ),
+    )
+
+
+def make_worker(settings: Settings, paths: ModelPaths) -> WorkerSupervisor | None:
+    """The supervisor of the worker, not started; ``None`` when none is wanted or there is no draft to adapt."""
+    if not settings.worker or paths.draft is None:
+        return None
+    return WorkerSupervisor(worker_settings(settings, paths, paths.draft, supervised=True))
+
+
+def worker_settings(
+    settings: Settings, paths: ModelPaths, draft: Path, *, supervised: bool
+) -> WorkerSettings:
+    """What a worker beside a server with these settings needs to know."""
+    return WorkerSettings(
+        data_dir=str(settings.data_dir.resolve()),
+        target=str(paths.target.resolve()),
+        draft=str(draft.resolve()),
+        database_url=database_url(settings),
+        bundled_adapters=tuple(str(directory.resolve()) for directory in _bundled(paths)),
+        num_threads=settings.worker_threads,
+        niceness=settings.worker_niceness,
+        memory_limit_mib=settings.worker_memory_mib,
+        device=settings.device,
+        dtype=settings.dtype,
+        supervised=supervised,
+    )
+
+
+def database_url(settings: Settings) -> str:
+    """As configured; empty for SQLite in the data directory."""
+    return settings.database_url.get_secret_value() if settings.database_url is not None else ""
+
+
+def _bundled(paths: ModelPaths) -> list[Path]:
+    return [paths.bundled_adapters] if paths.bundled_adapters is not None else []

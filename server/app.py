@@ -1,0 +1,99 @@
+"""The application: routes, middleware, and what happens at start and at shutdown."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from server.auth import KeyRing
+from server.errors import install_handlers
+from server.logs import logger
+from server.middleware import GateMiddleware, RequestLogMiddleware
+from server.responses import ErrorResponse
+from server.routes import adapters, chat, completions, jobs, models, operations
+from server.routes.operations import package_version
+from server.services import Runtime, Services
+
+
+def create_app(services: Services) -> FastAPI:
+    """An ASGI application around ``services``. Models are loaded when it starts, in a thread."""
+    app = FastAPI(
+        title="EDA inference server",
+        version=package_version(),
+        summary="OpenAI-compatible inference with per-domain draft adapters",
+        lifespan=_lifespan,
+        redoc_url=None,
+        responses={
+            "4XX": {"model": ErrorResponse, "description": "The request cannot be served as it is"},
+            "5XX": {"model": ErrorResponse, "description": "The server cannot serve the request"},
+        },
+    )
+    app.state.services = services
+    install_handlers(app)
+    offered = (completions, chat, models, operations, adapters, jobs)
+    for router in (*(module.router for module in offered), *services.routers):
+        app.include_router(router)
+    keys = KeyRing(services.settings)
+    # The last one added is the first to see a request.
+    app.add_middleware(GateMiddleware, keys=keys, max_body_bytes=services.settings.max_body_bytes)
+    app.add_middleware(RequestLogMiddleware)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    services: Services = app.state.services
+    loading = asyncio.create_task(_start(app, services))
+    try:
+        yield
+    finally:
+        services.is_draining = True
+        # A load that is under way cannot be interrupted: it runs in a thread.
+        await asyncio.gather(loading, return_exceptions=True)
+        if services.runtime is not None:
+            await services.runtime.engine.stop(services.settings.drain_seconds)
+            await asyncio.to_thread(services.runtime.on_close)
+
+
+async def _start(app: FastAPI, services: Services) -> None:
+    """Loads the models, if need be, and starts the engine. A failure is kept for ``/health`` and reported."""
+    try:
+        runtime = services.runtime
+        if runtime is None:
+            if services.load is None:
+                raise RuntimeError("there is neither a runtime nor a way to load one")
+            runtime = await asyncio.to_thread(services.load, services)
+        await _begin(app, services, runtime)
+    except Exception as error:
+        services.failure = error
+        services.on_failure(error)
+        return
+    logger().info("ready", models=runtime.registry.model_names())
+
+
+async def _begin(app: FastAPI, services: Services, runtime: Runtime) -> None:
+    engine = runtime.engine
+    services.metrics.watch(lambda: engine.engine.num_running, lambda: engine.engine.num_waiting)
+    await engine.start()
+    for router in runtime.routers:
+        app.include_router(router)
+    app.openapi_schema = None
+    runtime.on_start()
+    services.runtime = runtime
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The description without the framework's own 422, which this server never sends."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+        for path in schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema.get("components", {}).get("schemas", {}).pop(name, None)
+        app.openapi_schema = schema
+    return app.openapi_schema

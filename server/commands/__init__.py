@@ -1,0 +1,1 @@
+"""Commands of the `eda` console script, one module each."""

@@ -1,0 +1,203 @@
+"""`eda adapt`: a private module for one fine-tune (stage 2), the same pipeline that the service's jobs run."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from adapters.errors import AdapterServiceError, InvalidInputError, JobInterruptedError
+from adapters.names import check_name
+from adapters.pipeline import AdaptationResult, StageEvent, run_adaptation
+from adapters.spec import AdaptationSpec, DataSpec, TargetKind, TrainingOptions
+from adapters.stage_job import StageModels
+from adapters.stages import TrainingStages
+from adapters.store import AdapterStore
+from adapters.workspaces import PROMPTS_FILE
+from eda.checkpoint import ADAPTER_CONFIG_FILE, resolve_directory
+from eda.draft import DraftModel
+from eda.errors import EdaError
+from eda.fingerprint import fingerprint_directory
+from eda.training.files import hash_of_json, write_bytes_atomically
+from eda.training.prompts import Prompt, read_prompts
+from eda.training.selection import DEFAULT_SCORE, SCORES
+from server.commands.progress_bars import progress_bars, stop_on_interrupt
+
+WORK_DIRECTORY = ".adapt"
+"""Below the store; its names begin with a dot, so it is no adapter."""
+
+
+def adapt(
+    target: Annotated[Path, typer.Option(help="Directory of the base target.")],
+    fine_tune: Annotated[
+        str, typer.Option(help="Directory or hub id of the fine-tune: PEFT LoRA or full checkpoint.")
+    ],
+    draft: Annotated[Path, typer.Option(help="Directory of the target's shared draft.")],
+    name: Annotated[str, typer.Option(help="Name of the adapter.")],
+    store: Annotated[Path, typer.Option(help="Directory of adapters; a new version is published there.")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON lines (may be .gz) with `prompt` or `messages`.")
+    ] = None,
+    self_prompts: Annotated[
+        int | None, typer.Option(min=2, help="Instead: this many prompts that the fine-tune writes itself.")
+    ] = None,
+    keep: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Share of the answers that is learned.")
+    ] = 0.5,
+    score: Annotated[str, typer.Option(help=f"What chooses them: {', '.join(SCORES)}.")] = DEFAULT_SCORE,
+    width: Annotated[
+        int | None, typer.Option(min=0, help="Width of the private network. [a quarter of the shared one's]")
+    ] = None,
+    fc_rank: Annotated[int, typer.Option(min=0, help="Rank of the correction of `fc`; 0 leaves it out.")] = 0,
+    num_steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps. [3 passes]")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Answers in an optimiser step. [16]")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=1e-8, help="Peak rate. [0.64 / hidden size]")
+    ] = None,
+    max_prompts: Annotated[int, typer.Option(min=1, help="Prompts answered, at most.")] = 1200,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer, at most.")] = 160,
+    held_out: Annotated[
+        int | None, typer.Option(min=1, help="Prompts to measure with. [32, at most a fifth]")
+    ] = None,
+    skip_triage: Annotated[
+        bool, typer.Option("--skip-triage", help="Train even where the shared draft serves well already.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of shuffling, sampling and initialisation.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the target: auto, float32 or bfloat16.")] = "auto",
+    num_threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. [all]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
+) -> None:
+    """Train a private module on what the fine-tune answers, measure it and publish it as a version of an adapter.
+
+    Interrupted, the same command goes on where it was; finished, it says what it published. First the shared draft is
+    measured on the fine-tune: where it keeps 95% of its accepted tokens, nothing is trained.
+    """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    try:
+        options = TrainingOptions(
+            intermediate_size=width,
+            fc_rank=fc_rank,
+            learning_rate=learning_rate,
+            num_steps=num_steps,
+            batch_size=batch_size,
+            keep=keep,
+            score=_checked_score(score),
+            max_prompts=max_prompts,
+            max_tokens=max_tokens,
+            held_out=held_out,
+            seed=seed,
+        )
+        rows = _read_rows(prompts, self_prompts)
+        spec = _specification(
+            check_name(name), target, fine_tune, draft, rows, self_prompts, options, not skip_triage
+        )
+        workspace = store / WORK_DIRECTORY / spec.job_id
+        _write_prompts(workspace / PROMPTS_FILE, rows)
+        models = StageModels.load(spec, target, draft, device=device, dtype=dtype)
+        stages = TrainingStages(models, AdapterStore(store))
+        with progress_bars(quiet) as show, stop_on_interrupt() as should_stop:
+
+            def on_event(event: StageEvent) -> None:
+                if event.kind in ("progress", "message"):
+                    show(event.stage, round(1000 * event.fraction), 1000, event.message, {})
+                elif event.kind == "stage_finished" and "reason" in event.data:
+                    show(event.stage, 1000, 1000, str(event.data["reason"]), {})
+
+            result = run_adaptation(spec, workspace, stages, on_event, should_stop)
+    except JobInterruptedError as error:
+        typer.echo(f"eda adapt: {error}; run the same command again to go on", err=True)
+        raise typer.Exit(130) from error
+    except (AdapterServiceError, EdaError, TimeoutError, ValueError) as error:
+        typer.echo(f"eda adapt: {error}", err=True)
+        raise typer.Exit(2) from error
+    if as_json:
+        typer.echo(json.dumps(result.to_json()))
+    else:
+        _report(name, store, result)
+
+
+def _checked_score(score: str) -> str:
+    if score not in SCORES:
+        raise InvalidInputError(f"--score is {score!r}; it must be one of {', '.join(SCORES)}")
+    return score
+
+
+def _read_rows(prompts: Path | None, self_prompts: int | None) -> list[Prompt]:
+    if (prompts is None) == (self_prompts is None):
+        raise InvalidInputError("give either --prompts FILE or --self-prompts N")
+    return [] if prompts is None else read_prompts(prompts)
+
+
+def _specification(
+    name: str,
+    target: Path,
+    fine_tune: str,
+    draft: Path,
+    rows: list[Prompt],
+    self_prompts: int | None,
+    options: TrainingOptions,
+    triage: bool,
+) -> AdaptationSpec:
+    """The job. Its id follows from everything that decides the result, so the same command finds its files again."""
+    path = resolve_directory(fine_tune)
+    base = fingerprint_directory(target)
+    own = fingerprint_directory(path)
+    kind: TargetKind = "full"
+    if (path / ADAPTER_CONFIG_FILE).exists():
+        kind, own = "lora", f"{base}+{own}"
+    elif own == base:
+        kind = "target"
+    data = (
+        DataSpec("self", self_prompts)
+        if self_prompts is not None
+        else DataSpec("prompts", len(rows), hash_of_json([_row(prompt) for prompt in rows]))
+    )
+    spec = AdaptationSpec(
+        job_id="",
+        adapter=name,
+        adapter_uid="",
+        kind=kind,
+        fine_tune_path=str(path),
+        fine_tune_fingerprint=own,
+        data=data,
+        training=options,
+        triage=triage,
+    )
+    identity = hash_of_json([spec.to_json(), DraftModel.load(draft).fingerprint()])
+    return dataclasses.replace(spec, job_id=f"adapt-{identity[:16]}")
+
+
+def _row(prompt: Prompt) -> dict[str, Any]:
+    return {"id": prompt.id, "messages": [dict(message) for message in prompt.messages]}
+
+
+def _write_prompts(path: Path, rows: list[Prompt]) -> None:
+    """The job's own copy, so that it can be resumed when the given file has changed."""
+    text = "".join(json.dumps(_row(prompt), ensure_ascii=False) + "\n" for prompt in rows)
+    write_bytes_atomically(path, text.encode("utf-8"))
+
+
+def _report(name: str, store: Path, result: AdaptationResult) -> None:
+    if result.version is None:
+        typer.echo(f"{result.reason}; nothing was trained (--skip-triage trains all the same)")
+        return
+    table = Table(
+        "", "acceptance length", "tokens/s", "over plain decoding", title="greedy, held-out prompts"
+    )
+    for side, label in (("before", "shared draft"), ("after", "adapted")):
+        figures = result.metrics[side]
+        table.add_row(
+            label,
+            f"{figures['mean_acceptance_length']:.3f}",
+            f"{figures['tokens_per_second']:.1f}",
+            "-" if figures["speed_up"] is None else f"{figures['speed_up']:.2f}x",
+        )
+    Console().print(table)
+    typer.echo(f"{store / name / str(result.version)}: {result.reason}")

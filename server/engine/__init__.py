@@ -1,0 +1,1 @@
+"""The serving engine: sequences, scheduling, and the thread that steps the decoder."""

@@ -1,0 +1,137 @@
+"""Which sequences run, and how many tokens of each go into the next step."""
+
+from bisect import insort
+from dataclasses import dataclass
+from typing import Protocol
+
+from eda.speculative import ScheduledRow, SequenceState, StepResult
+from server.engine.sequence import Sequence, SequenceStatus
+from server.engine.speculation import SpeculationPolicy
+from server.engine.stopping import FinishReason
+
+
+class Decoder(Protocol):
+    """The part of ``eda.speculative.SpeculativeDecoder`` that the engine uses."""
+
+    def can_admit(self, state: SequenceState) -> bool: ...
+    def fits(self, state: SequenceState) -> bool: ...
+    def admit(self, state: SequenceState) -> None: ...
+    def release(self, state: SequenceState) -> None: ...
+    def step(self, rows: list[ScheduledRow]) -> list[StepResult]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """
+    Attributes:
+        max_running: sequences in one batch.
+        max_tokens_per_step: tokens in one target pass, draft tokens included. Decoding sequences come first; what is
+            left goes to prompts.
+        min_prefill_tokens: prompt tokens that a step takes even when decoding uses up the budget, so that a full batch
+            cannot keep a prompt waiting for ever.
+    """
+
+    max_running: int = 64
+    max_tokens_per_step: int = 512
+    min_prefill_tokens: int = 32
+
+
+class Scheduler:
+    """Continuous batching: sequences join and leave between any two steps.
+
+    Sequences wait in the order of (priority, arrival) and are admitted from the front only: one that does not fit is
+    not overtaken, so a long prompt cannot starve.
+    """
+
+    def __init__(self, decoder: Decoder, limits: SchedulerLimits, policy: SpeculationPolicy) -> None:
+        self._decoder = decoder
+        self._limits = limits
+        self._policy = policy
+        self._arrivals = 0
+        self._waiting: list[tuple[int, int, Sequence]] = []
+        self.running: list[Sequence] = []
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self.running)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Everything that is waiting or running."""
+        return [*self.running, *(entry[2] for entry in self._waiting)]
+
+    def add(self, sequence: Sequence) -> None:
+        self._arrivals += 1
+        insort(self._waiting, (sequence.priority, self._arrivals, sequence), key=lambda entry: entry[:2])
+
+    def given_up(self, now: float) -> list[tuple[Sequence, FinishReason]]:
+        """Sequences that must end before the next step: nobody listens any more, or their time is up."""
+        found: list[tuple[Sequence, FinishReason]] = []
+        for sequence in self.sequences:
+            if sequence.aborted:
+                found.append((sequence, FinishReason.ABORT))
+            elif sequence.deadline is not None and now >= sequence.deadline:
+                found.append((sequence, FinishReason.DEADLINE))
+        return found
+
+    def admit(self, now: float) -> list[tuple[Sequence, Exception]]:
+        """Moves sequences from waiting to running while there is room. Returns those that the decoder refused."""
+        refused: list[tuple[Sequence, Exception]] = []
+        while self._waiting and len(self.running) < self._limits.max_running:
+            sequence = self._waiting[0][2]
+            try:
+                if not self._decoder.can_admit(sequence.state):
+                    break
+                self._decoder.admit(sequence.state)
+            except Exception as error:
+                # One sequence that cannot be set up must not stop the others behind it.
+                refused.append((sequence, error))
+                del self._waiting[0]
+                continue
+            del self._waiting[0]
+            sequence.status = SequenceStatus.RUNNING
+            sequence.timing.admitted = now
+            self.running.append(sequence)
+        return refused
+
+    def schedule(self) -> list[tuple[Sequence, ScheduledRow]]:
+        """Rows of the next step: every decoding sequence, then prompt chunks in order of admission."""
+        decoding = [sequence for sequence in self.running if not sequence.state.is_prefilling]
+        self._policy.observe_batch(len(decoding))
+        rows: list[tuple[Sequence, ScheduledRow]] = []
+        num_tokens = 0
+        for sequence in decoding:
+            state = sequence.state
+            state.speculation = self._policy.choose(sequence.labels, state.speculation)
+            rows.append((sequence, ScheduledRow(state, state.num_uncomputed)))
+            num_tokens += state.num_uncomputed + _num_draft_tokens(state)
+        budget = max(self._limits.max_tokens_per_step - num_tokens, self._limits.min_prefill_tokens)
+        for sequence in self.running:
+            if budget <= 0:
+                break
+            if sequence.state.is_prefilling:
+                chunk = min(sequence.state.num_uncomputed, budget)
+                rows.append((sequence, ScheduledRow(sequence.state, chunk)))
+                budget -= chunk
+        return rows
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes a sequence out, waiting or running, and gives its cache slots back."""
+        if sequence.status is SequenceStatus.RUNNING:
+            self.running.remove(sequence)
+            self._decoder.release(sequence.state)
+        elif sequence.status is SequenceStatus.WAITING:
+            self._waiting = [entry for entry in self._waiting if entry[2] is not sequence]
+        sequence.status = SequenceStatus.FINISHED
+
+
+def _num_draft_tokens(state: SequenceState) -> int:
+    """Tokens that verifying a full draft of this sequence adds to a pass."""
+    speculation = state.speculation
+    if not state.drafts or speculation.mode == "none" or speculation.num_speculative_tokens == 0:
+        return 0
+    return speculation.tree_num_nodes if speculation.mode == "tree" else speculation.num_speculative_tokens

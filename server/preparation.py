@@ -1,0 +1,277 @@
+"""From a checked body to sequences: tokens, limits, sampling settings and stop conditions."""
+
+import asyncio
+import time
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+from adapters.errors import UnknownModelError
+from eda.sampling import SamplingParams
+from eda.speculative import SequenceState
+from server.engine.sequence import Sequence, SequenceLabels
+from server.engine.stopping import StopChecker, StopConditions
+from server.errors import ContextLengthError, InvalidRequestError, UnknownModelNameError
+from server.schemas import ChatCompletionRequest, CompletionRequest, GenerationOptions
+from server.services import Lease, Services
+from server.tokenizer import ChatTemplateError, TextTokenizer
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""What OpenAI's completions generate when ``max_tokens`` is not given; chats go on to the model's end."""
+
+TOKENIZE_INLINE = 8_192
+"""Characters up to which a text is tokenized in the event loop; longer ones would hold up other requests."""
+
+
+@dataclass(slots=True)
+class PreparedRequest:
+    """A request that is ready to be queued. ``sequences`` are prompt-major: all ``n`` of a prompt stand together.
+
+    ``echoes`` has the text of each prompt when the request asks to repeat it, else it is empty.
+    """
+
+    request_id: str
+    lease: Lease
+    sequences: list[Sequence]
+    prompts: list[list[int]]
+    completions_per_prompt: int
+    echoes: list[str]
+
+    def prompt_of(self, index: int) -> list[int]:
+        return self.prompts[index // self.completions_per_prompt]
+
+    def echo_of(self, index: int) -> str:
+        return self.echoes[index // self.completions_per_prompt] if self.echoes else ""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Each prompt counts once, however many completions it gets."""
+        return sum(map(len, self.prompts))
+
+    @property
+    def num_completion_tokens(self) -> int:
+        return sum(sequence.num_output_tokens for sequence in self.sequences)
+
+
+async def acquire(services: Services, model: str) -> Lease:
+    """A lease on ``model``. Raises ``UnknownModelNameError``."""
+    registry = services.registry
+    try:
+        if registry.is_loaded(model):
+            return registry.acquire(model)
+        # A fine-tune that was unloaded is read from disk; other requests must not wait for that.
+        return await asyncio.to_thread(registry.acquire, model)
+    except UnknownModelError:
+        raise unknown_model(model) from None
+
+
+def max_model_len_of(services: Services, model: str) -> int:
+    """Tokens that prompt and output may have together. Raises ``UnknownModelNameError``."""
+    try:
+        return services.registry.describe(model).max_model_len
+    except UnknownModelError:
+        raise unknown_model(model) from None
+
+
+def unknown_model(model: str) -> UnknownModelNameError:
+    return UnknownModelNameError(
+        f"the model '{model[:256]}' does not exist; GET /v1/models lists those that do", param="model"
+    )
+
+
+async def tokenize(
+    tokenizer: TextTokenizer, text: str, limit: int, *, param: str, special: bool
+) -> list[int]:
+    """``text`` to ids. Raises ``ContextLengthError`` for a text that cannot have ``limit`` tokens or fewer."""
+    if len(text) > limit * tokenizer.longest_token:
+        raise ContextLengthError(
+            f"{param} has {len(text)} characters, which is more than {limit} tokens can hold", param=param
+        )
+    if len(text) <= TOKENIZE_INLINE:
+        return tokenizer.encode(text, add_special_tokens=special)
+    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=special)
+
+
+async def completion_prompts(
+    body: CompletionRequest, tokenizer: TextTokenizer, max_model_len: int
+) -> tuple[list[list[int]], list[str]]:
+    """Token ids of every prompt and, for ``echo``, their texts."""
+    prompts: list[list[int]] = []
+    for prompt in body.prompts:
+        if isinstance(prompt, str):
+            prompts.append(await tokenize(tokenizer, prompt, max_model_len, param="prompt", special=True))
+        else:
+            prompts.append(list(prompt))
+    if not body.echo:
+        return prompts, []
+    texts = [
+        given if isinstance(given, str) else tokenizer.decode(ids)
+        for given, ids in zip(body.prompts, prompts, strict=True)
+    ]
+    return prompts, texts
+
+
+async def chat_prompt(
+    messages: SequenceOf[dict[str, str]], tokenizer: TextTokenizer, max_model_len: int
+) -> list[int]:
+    """Token ids of a conversation under the model's template."""
+    try:
+        text = tokenizer.render_chat(messages)
+    except ChatTemplateError as error:
+        raise InvalidRequestError(str(error), param="messages") from error
+    # The template writes the special tokens itself.
+    return await tokenize(tokenizer, text, max_model_len, param="messages", special=False)
+
+
+def build(
+    services: Services,
+    body: CompletionRequest | ChatCompletionRequest,
+    lease: Lease,
+    request_id: str,
+    prompts: list[list[int]],
+    echoes: list[str],
+    max_model_len: int,
+) -> PreparedRequest:
+    """Checks lengths and limits and makes the sequences.
+
+    Raises ``InvalidRequestError`` and ``ContextLengthError`` with the parameter at fault.
+    """
+    settings, tokenizer = services.settings, services.tokenizer
+    copies = body.n or 1
+    if len(prompts) * copies > settings.sequences_limit:
+        raise InvalidRequestError(
+            f"{len(prompts)} prompts with n {copies} are more than {settings.sequences_limit} completions",
+            param="n",
+        )
+    _check_limits(services, body)
+    config = lease.fine_tune.model.config
+    eos_ids = frozenset(config.eos_token_ids) | tokenizer.eos_ids
+    deadline = time.monotonic() + settings.request_timeout
+    labels = SequenceLabels(lease.model_name, body.draft, lease.adapter, lease.adapter_version)
+    sequences: list[Sequence] = []
+    for place, prompt in enumerate(prompts):
+        max_tokens = _max_tokens(body, prompt, config.vocab_size, max_model_len)
+        conditions = StopConditions(
+            max_tokens=max_tokens,
+            min_tokens=body.min_tokens,
+            stop_token_ids=frozenset(body.stop_token_ids or ())
+            | (frozenset() if body.ignore_eos else eos_ids),
+            stop_strings=tuple(body.stop_strings),
+            include_stop_string=body.include_stop_str_in_output,
+        )
+        for copy in range(copies):
+            state = SequenceState(
+                token_ids=list(prompt),
+                max_length=len(prompt) + max_tokens,
+                fine_tune=lease.fine_tune,
+                sampling=_sampling(body, conditions, config.vocab_size, copy),
+                private=lease.private if body.draft == "private" else None,
+                speculation=services.engine.speculation_for(body.draft),
+            )
+            hidden = eos_ids - frozenset(body.stop_token_ids or ())
+            checker = StopChecker(conditions, tokenizer.detokenizer(), hidden)
+            sequence = Sequence(
+                f"{request_id}-{place * copies + copy}", state, checker, labels, deadline, body.priority
+            )
+            if not services.engine.engine.fits(sequence):
+                raise ContextLengthError(
+                    f"{len(prompt)} prompt tokens and {max_tokens} output tokens do not fit into the server's cache",
+                    param=_length_param(body),
+                )
+            sequences.append(sequence)
+    return PreparedRequest(request_id, lease, sequences, prompts, copies, echoes)
+
+
+def _length_param(body: GenerationOptions) -> str:
+    if isinstance(body, ChatCompletionRequest):
+        return "max_completion_tokens" if body.max_completion_tokens is not None else "messages"
+    return "max_tokens" if body.max_tokens is not None else "prompt"
+
+
+def _max_tokens(
+    body: CompletionRequest | ChatCompletionRequest, prompt: list[int], vocab_size: int, max_model_len: int
+) -> int:
+    """The most tokens that this prompt may be continued by."""
+    is_chat = isinstance(body, ChatCompletionRequest)
+    prompt_param = "messages" if is_chat else "prompt"
+    if not prompt:
+        raise InvalidRequestError(
+            f"{prompt_param} is empty; at least one token is needed", param=prompt_param
+        )
+    if max(prompt) >= vocab_size:
+        raise InvalidRequestError(
+            f"{prompt_param} has the token id {max(prompt)}; the vocabulary ends at {vocab_size - 1}",
+            param=prompt_param,
+        )
+    room = max_model_len - len(prompt)
+    if room < 1:
+        raise ContextLengthError(
+            f"{prompt_param} has {len(prompt)} tokens; the model holds {max_model_len}, one of them for output",
+            param=prompt_param,
+        )
+    wanted = body.max_tokens
+    if isinstance(body, ChatCompletionRequest) and body.max_completion_tokens is not None:
+        wanted = body.max_completion_tokens
+    if wanted is None:
+        wanted = room if is_chat else min(DEFAULT_COMPLETION_TOKENS, room)
+    elif wanted > room:
+        raise ContextLengthError(
+            f"{len(prompt)} prompt tokens and {wanted} output tokens are more than the model's {max_model_len}",
+            param=_length_param(body),
+        )
+    if body.min_tokens > wanted:
+        raise InvalidRequestError(
+            f"min_tokens is {body.min_tokens}; it must not be above the limit of {wanted} tokens",
+            param="min_tokens",
+        )
+    return wanted
+
+
+def _check_limits(services: Services, body: CompletionRequest | ChatCompletionRequest) -> None:
+    settings = services.settings
+    if len(body.stop_strings) > settings.max_stop_strings:
+        raise InvalidRequestError(
+            f"stop has {len(body.stop_strings)} strings; at most {settings.max_stop_strings} are taken",
+            param="stop",
+        )
+    if (body.num_logprobs or 0) > settings.max_logprobs:
+        raise InvalidRequestError(
+            f"{body.num_logprobs} log-probabilities per token are asked for; the most is {settings.max_logprobs}",
+            param="logprobs" if isinstance(body, CompletionRequest) else "top_logprobs",
+        )
+    if body.logit_bias is not None and len(body.logit_bias) > 1024:
+        raise InvalidRequestError(
+            f"logit_bias has {len(body.logit_bias)} entries; at most 1024 are taken", param="logit_bias"
+        )
+
+
+def _sampling(
+    body: CompletionRequest | ChatCompletionRequest, conditions: StopConditions, vocab_size: int, copy: int
+) -> SamplingParams:
+    bias = {int(token_id): value for token_id, value in (body.logit_bias or {}).items()}
+    outside = sorted(token_id for token_id in bias if token_id >= vocab_size)
+    if outside:
+        raise InvalidRequestError(
+            f"logit_bias names the token {outside[0]}; the vocabulary ends at {vocab_size - 1}",
+            param="logit_bias",
+        )
+    # Copies of one prompt must differ, and each must be reproducible: the seed moves on by one.
+    seed = None if body.seed is None else _wrapped(body.seed + copy)
+    return SamplingParams(
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_k=max(body.top_k or 0, 0),
+        top_p=1.0 if body.top_p is None else body.top_p,
+        min_p=body.min_p or 0.0,
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=bias,
+        min_tokens=body.min_tokens,
+        stop_ids=tuple(sorted(conditions.stop_token_ids)),
+        seed=seed,
+        num_logprobs=body.num_logprobs,
+    )
+
+
+def _wrapped(seed: int) -> int:
+    """Into the range of signed 64-bit integers."""
+    return (seed + 2**63) % 2**64 - 2**63

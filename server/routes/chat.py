@@ -1,0 +1,124 @@
+"""``POST /v1/chat/completions``."""
+
+import time
+from collections.abc import Iterator
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import Response
+from pydantic import BaseModel
+
+from server.engine.sequence import SequenceDelta
+from server.preparation import PreparedRequest, acquire, build, chat_prompt, max_model_len_of
+from server.rendering import Collected, chat_logprobs, finish_reason_name, metrics_of, usage_of
+from server.responses import (
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletionChunk,
+    ChatCompletionResponse,
+    ChatDelta,
+    ChatResponseMessage,
+)
+from server.schemas import ChatCompletionRequest
+from server.services import Services, services_of
+from server.streaming import Renderer, respond
+from server.tokenizer import TextTokenizer
+
+router = APIRouter(tags=["openai"])
+
+
+class ChatRenderer(Renderer):
+    """Chat completions: the first chunk of a choice has the role, the last one the finish reason."""
+
+    def __init__(self, body: ChatCompletionRequest, tokenizer: TextTokenizer) -> None:
+        self._body = body
+        self._tokenizer = tokenizer
+        self._created = int(time.time())
+
+    def body(self, request: PreparedRequest, outputs: list[Collected]) -> BaseModel:
+        return ChatCompletionResponse(
+            id=self._id(request),
+            created=self._created,
+            model=request.lease.model_name,
+            choices=[self._choice(index, output) for index, output in enumerate(outputs)],
+            usage=usage_of(request),
+            metrics=metrics_of(request),
+            prompt_token_ids=request.prompts[0] if self._body.return_token_ids else None,
+        )
+
+    def opening(self, request: PreparedRequest) -> Iterator[BaseModel]:
+        for index in range(len(request.sequences)):
+            chunk = self._chunk(request)
+            chunk.choices = [ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content=""))]
+            if self._body.return_token_ids and index == 0:
+                chunk.prompt_token_ids = request.prompts[0]
+            yield chunk
+
+    def chunk(
+        self, request: PreparedRequest, index: int, delta: SequenceDelta, is_last: bool
+    ) -> BaseModel | None:
+        wants_tokens = self._body.return_token_ids or self._body.logprobs
+        if not delta.text and delta.finish_reason is None and not (wants_tokens and delta.token_ids):
+            return None
+        chunk = self._chunk(request)
+        chunk.choices = [
+            ChatChunkChoice(
+                index=index,
+                delta=ChatDelta(content=delta.text or None),
+                logprobs=chat_logprobs(self._tokenizer, delta.logprobs) if self._body.logprobs else None,
+                finish_reason=finish_reason_name(delta.finish_reason),
+                stop_reason=delta.stop_reason,
+                token_ids=list(delta.token_ids) if self._body.return_token_ids else None,
+            )
+        ]
+        if is_last and not self._body.includes_usage:
+            chunk.metrics = metrics_of(request)
+        return chunk
+
+    def closing(self, request: PreparedRequest) -> Iterator[BaseModel]:
+        if self._body.includes_usage:
+            chunk = self._chunk(request)
+            chunk.usage, chunk.metrics = usage_of(request), metrics_of(request)
+            yield chunk
+
+    def _id(self, request: PreparedRequest) -> str:
+        return f"chatcmpl-{request.request_id}"
+
+    def _chunk(self, request: PreparedRequest) -> ChatCompletionChunk:
+        return ChatCompletionChunk(
+            id=self._id(request), created=self._created, model=request.lease.model_name, choices=[]
+        )
+
+    def _choice(self, index: int, output: Collected) -> ChatChoice:
+        return ChatChoice(
+            index=index,
+            message=ChatResponseMessage(content=output.text),
+            logprobs=chat_logprobs(self._tokenizer, output.logprobs) if self._body.logprobs else None,
+            finish_reason=finish_reason_name(output.finish_reason) or "stop",
+            stop_reason=output.stop_reason,
+            token_ids=output.token_ids if self._body.return_token_ids else None,
+        )
+
+
+@router.post(
+    "/v1/chat/completions",
+    response_model=ChatCompletionResponse,
+    responses={200: {"content": {"text/event-stream": {}}}},
+)
+async def create_chat_completion(
+    body: ChatCompletionRequest, http: Request, services: Annotated[Services, Depends(services_of)]
+) -> Response:
+    """Answer a conversation under the model's chat template. With ``stream``, the answer is a stream of chunks."""
+    max_model_len = max_model_len_of(services, body.model)
+    lease = await acquire(services, body.model)
+    try:
+        messages = [message.as_template_input() for message in body.messages]
+        prompt = await chat_prompt(messages, services.tokenizer, max_model_len)
+        prepared = build(services, body, lease, http.state.request_id, [prompt], [], max_model_len)
+    except BaseException:
+        lease.release()
+        raise
+    if services.settings.log_prompts:
+        http.state.log["prompt"] = messages
+    renderer = ChatRenderer(body, services.tokenizer)
+    return await respond(services, http, prepared, renderer, stream=bool(body.stream))

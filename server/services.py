@@ -1,0 +1,143 @@
+"""What routes work with: the loaded models, the engine in front of them, settings and counters."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from fastapi import APIRouter, Request
+
+from adapters.service import AdapterService
+from eda.private import PrivateModule
+from eda.target import FineTune
+from server.engine.async_engine import AsyncEngine
+from server.errors import UnavailableError
+from server.metrics import ServerMetrics
+from server.settings import Settings
+from server.tokenizer import TextTokenizer
+
+
+class ServedModel(Protocol):
+    """A name that requests may give as ``model``."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def parent(self) -> str | None: ...
+    @property
+    def created(self) -> int: ...
+    @property
+    def adapter_version(self) -> int | None: ...
+    @property
+    def max_model_len(self) -> int: ...
+
+
+class Lease(Protocol):
+    """One request's hold on a fine-tune and on one version of its private module."""
+
+    @property
+    def model_name(self) -> str: ...
+    @property
+    def fine_tune(self) -> FineTune: ...
+    @property
+    def private(self) -> PrivateModule | None: ...
+    @property
+    def adapter(self) -> str | None: ...
+    @property
+    def adapter_version(self) -> int | None: ...
+    def release(self) -> None: ...
+
+
+class ModelRegistry(Protocol):
+    """The part of ``adapters.registry.AdapterRegistry`` that requests need.
+
+    All that take a name raise ``adapters.errors.UnknownModelError`` for one that is not served. ``acquire`` reads from
+    disk when ``is_loaded`` is false.
+    """
+
+    def model_names(self) -> list[str]: ...
+    def describe(self, name: str) -> ServedModel: ...
+    def is_loaded(self, name: str) -> bool: ...
+    def acquire(self, name: str) -> Lease: ...
+
+
+@dataclass(slots=True)
+class Runtime:
+    """What exists once the models are loaded.
+
+    ``adapters`` is what the administrative routes work with; ``None`` in a server that has none. ``routers`` are added
+    to the application once it is loaded; ``on_close`` is called after the engine has stopped.
+    """
+
+    engine: AsyncEngine
+    registry: ModelRegistry
+    tokenizer: TextTokenizer
+    adapters: AdapterService | None = None
+    routers: list[APIRouter] = field(default_factory=list)
+    on_start: Callable[[], None] = lambda: None
+    on_close: Callable[[], None] = lambda: None
+
+
+@dataclass(slots=True)
+class Services:
+    """One server.
+
+    Attributes:
+        load: makes the runtime; called in a thread at start, while ``/health`` already answers. Not needed when
+            ``runtime`` is given.
+        routers: further routes, for administration; they must cope with a runtime that is not loaded yet.
+        on_failure: called when loading fails or the engine dies; the process should end then.
+    """
+
+    settings: Settings
+    load: Callable[["Services"], Runtime] | None = None
+    runtime: Runtime | None = None
+    routers: list[APIRouter] = field(default_factory=list)
+    metrics: ServerMetrics = field(default_factory=ServerMetrics)
+    on_failure: Callable[[BaseException], None] = lambda error: None
+    failure: BaseException | None = None
+    is_draining: bool = False
+
+    def loaded(self) -> Runtime:
+        """The runtime; ``UnavailableError`` while it is loading, or when that failed."""
+        if self.runtime is None:
+            state = "could not load its models" if self.failure is not None else "is loading its models"
+            raise UnavailableError(f"the server {state}")
+        return self.runtime
+
+    @property
+    def engine(self) -> AsyncEngine:
+        return self.loaded().engine
+
+    @property
+    def registry(self) -> ModelRegistry:
+        return self.loaded().registry
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        return self.loaded().tokenizer
+
+    @property
+    def health_problem(self) -> str | None:
+        """Why the process should be restarted; ``None`` while it is well."""
+        if self.failure is not None:
+            return f"loading failed: {type(self.failure).__name__}"
+        if self.runtime is None:
+            return None
+        engine = self.runtime.engine.engine
+        if engine.failure is not None:
+            return f"the engine has failed: {type(engine.failure).__name__}"
+        if not engine.is_alive and not self.is_draining:
+            return "the engine is not running"
+        if engine.seconds_without_progress > self.settings.stall_seconds:
+            return f"no step has ended for {engine.seconds_without_progress:.0f} s"
+        return None
+
+    @property
+    def is_ready(self) -> bool:
+        return self.runtime is not None and not self.is_draining and self.health_problem is None
+
+
+def services_of(request: Request) -> Services:
+    """Dependency: the application's services."""
+    services: Services = request.app.state.services
+    return services

@@ -1,0 +1,234 @@
+"""Submissions below HTTP, and a server process that is killed while it changes things."""
+
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters.catalog import Catalog
+from adapters.database import Database, sqlite_url
+from adapters.errors import ConflictError, InvalidInputError, TooLargeError, UnknownModelError
+from adapters.guard import Guard, GuardSettings
+from adapters.jobs import JobQueue
+from adapters.loading import ModelLoader
+from adapters.names import AllowedRoots
+from adapters.registry import AdapterRegistry
+from adapters.service import AdapterService, ServiceSettings
+from adapters.store import AdapterStore
+from adapters.submission import AdaptationOptions, DataLimits, DataSource, TargetSource
+from adapters.traffic import TrafficRecorder
+from adapters.workspaces import Workspaces
+from eda.draft import DraftModel
+from eda.target import TargetModel
+from tests.adapters.helpers import warm_processes
+from tests.adapters.test_registry import Setup
+from tests.reference_family import Family, make_family
+
+SELF = DataSource(self_prompts=4)
+
+
+def make_service(data_dir: Path, base: TargetModel, draft: DraftModel, root: Path) -> AdapterService:
+    database = Database(sqlite_url(data_dir / "eda.sqlite3"))
+    store = AdapterStore(data_dir / "adapters")
+    guard = Guard(GuardSettings(baseline_share=0.0))
+    registry = AdapterRegistry(ModelLoader(base, draft), store, Catalog(database), guard=guard)
+    return AdapterService(
+        database,
+        registry,
+        JobQueue(database, queue_limit=10_000),
+        Workspaces(data_dir / "jobs"),
+        TrafficRecorder(data_dir / "traffic"),
+        ServiceSettings(AllowedRoots([root]), data_limits=DataLimits(max_bytes=1000, reserve_bytes=0)),
+    )
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return make_family(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture
+def service(family: Family, tmp_path: Path) -> Iterator[AdapterService]:
+    root = family.paths["base"].parent
+    service = make_service(tmp_path / "data", family.base, family.draft, root)
+    service.configure({"medical": family.paths["medical"]})
+    yield service
+    service.database.close()
+
+
+def source(family: Family, name: str = "code") -> TargetSource:
+    return TargetSource(str(family.paths[name]))
+
+
+def test_configured_models_come_and_go_with_the_settings(service: AdapterService, family: Family) -> None:
+    assert service.registry.model_names() == ["base", "medical"]
+    with pytest.raises(ConflictError, match="server's settings"):
+        service.delete("medical")
+    service.create("posted", source(family), SELF, AdaptationOptions())
+    root = family.paths["base"].parent
+    again = make_service(service.workspaces.root.parent, family.base, family.draft, root)
+    again.configure({"math": family.paths["math"]})
+    assert again.registry.model_names() == ["base", "math", "posted"]
+    with pytest.raises(ConflictError, match="posted adapter is called"):
+        again.configure({"posted": family.paths["math"]})
+    again.database.close()
+
+
+def test_an_adapter_that_comes_along_is_active_until_somebody_chooses(
+    service: AdapterService, family: Family, tmp_path: Path
+) -> None:
+    def restart() -> int | None:
+        again = make_service(
+            service.workspaces.root.parent, family.base, family.draft, family.paths["base"].parent
+        )
+        again.configure({"medical": family.paths["medical"]})
+        active = again.registry.active_versions()["medical"]
+        again.database.close()
+        return active
+
+    assert service.registry.active_versions()["medical"] is None
+    Setup(family, tmp_path / "data", service.database).publish("medical", source="medical")
+    assert restart() == 1
+    service.registry.sync()
+    service.registry.activate("medical", None)
+    assert restart() is None
+
+
+def test_a_full_fine_tune_is_served(service: AdapterService, family: Family) -> None:
+    submission = service.create("full", source(family, "math"), SELF, AdaptationOptions())
+    assert (submission.entry.kind, submission.job.state) == ("full", "queued")
+    with service.registry.acquire("full") as lease:
+        assert lease.fine_tune.lora is None
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("", "holds no prompts"),
+        ('{"prompt": "a"}\n{"prompt": ""}\n', "line 2"),
+        ('{"prompt": "a"}\n\n[1]\n', "line 3"),
+        ('{"prompt": "a"}\n{"prompt": \n', "line 2"),
+        ('{"messages": [{"role": "user"}]}\n', "line 1"),
+    ],
+)
+def test_bad_data_names_its_line(service: AdapterService, family: Family, lines: str, message: str) -> None:
+    path = family.paths["base"].parent / "prompts.jsonl"
+    path.write_text(lines)
+    data = DataSource(path=str(path))
+    with pytest.raises(InvalidInputError, match=f"data.path.*{message}") as caught:
+        service.create("bad", source(family), data, AdaptationOptions())
+    assert str(service.workspaces.root) not in str(caught.value)
+    assert caught.value.param == "data.path"
+    assert list(service.workspaces.root.glob("job-*")) == []
+    assert "bad" not in service.registry.model_names()
+
+
+def test_data_beyond_its_limits(service: AdapterService, family: Family) -> None:
+    with pytest.raises(TooLargeError, match="file has"):
+        service.create("big", source(family), DataSource(upload=b"x" * 2000), AdaptationOptions())
+    for bad in ({}, {"self_prompts": 1, "path": "x"}, {"self_prompts": 0}):
+        with pytest.raises(InvalidInputError):
+            DataSource(**bad)
+    with pytest.raises(InvalidInputError, match=r"data\.prompts\[1\] is a JSON int"):
+        service.create("odd", source(family), DataSource(prompts=["fine", 3]), AdaptationOptions())
+
+
+def test_targets_that_must_not_be_read(service: AdapterService, family: Family, tmp_path: Path) -> None:
+    root = family.paths["base"].parent
+    outside = tmp_path / "outside"
+    shutil.copytree(family.paths["code"], outside)
+    (root / "way-out").symlink_to(outside)
+    with pytest.raises(InvalidInputError, match="below the allowed directories"):
+        service.serve("x", TargetSource(str(root / "way-out")))
+    with pytest.raises(InvalidInputError, match="below the allowed directories"):
+        service.serve("x", TargetSource(str(outside)))
+    inner = root / "inner"
+    shutil.copytree(family.paths["code"], inner)
+    (inner / "adapter_model.safetensors").unlink()
+    (inner / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
+    with pytest.raises(InvalidInputError, match="leads out of the allowed directories"):
+        service.serve("x", TargetSource(str(inner)))
+    (inner / "adapter_model.safetensors").unlink()
+    (inner / "adapter_model.bin").write_bytes(b"\x80\x04")
+    with pytest.raises(InvalidInputError, match="pickle"):
+        service.serve("x", TargetSource(str(inner)))
+    (inner / "adapter_model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(InvalidInputError, match="states a header of"):
+        service.serve("x", TargetSource(str(inner)))
+    with pytest.raises(InvalidInputError, match="must be a directory"):
+        service.serve("x", TargetSource(str(family.paths["code"] / "adapter_config.json")))
+    assert "x" not in service.registry.model_names()
+    shutil.rmtree(inner)
+    (root / "way-out").unlink()
+
+
+def churn(data_dir: str, root: str, seed: int, ready: Connection) -> None:
+    """A server's life in short: restores everything, then creates, activates and deletes until it is killed."""
+    torch.set_num_threads(1)
+    base = TargetModel.load(Path(root) / "base")
+    service = make_service(Path(data_dir), base, DraftModel.load(Path(root) / "draft"), Path(root))
+    service.configure({})
+    chance = random.Random(seed)
+    ready.send(True)
+    while True:
+        name = f"tune-{chance.randrange(4)}"
+        action = chance.choice(("create", "activate", "activate", "delete"))
+        try:
+            if action == "create":
+                service.create(name, TargetSource(str(Path(root) / "code")), SELF, AdaptationOptions())
+            elif action == "delete":
+                service.delete(name)
+            else:
+                service.registry.activate("keeper", chance.choice((None, 1, 2)))
+        except (ConflictError, UnknownModelError):
+            pass
+
+
+@pytest.mark.slow
+def test_a_server_killed_while_it_changes_things(family: Family, tmp_path: Path) -> None:
+    root, data_dir = family.paths["base"].parent, tmp_path / "data"
+    service = make_service(data_dir, family.base, family.draft, root)
+    service.configure({})
+    service.serve("keeper", source(family))
+    setup = Setup(family, data_dir, service.database)
+    for seed in (1, 2):
+        setup.publish("keeper", seed)
+    service.registry.activate("keeper", 2)
+    service.database.close()
+    chance = random.Random(3)
+    processes = warm_processes()
+    for turn in range(20):
+        receiver, sender = processes.Pipe(duplex=False)
+        process = processes.Process(target=churn, args=(str(data_dir), str(root), turn, sender))
+        process.start()
+        sender.close()
+        try:
+            assert receiver.recv()
+            time.sleep(chance.uniform(0.0, 0.4))
+        finally:
+            process.kill()
+            process.join()
+            receiver.close()
+        require_consistency(make_service(data_dir, family.base, family.draft, root))
+
+
+def require_consistency(service: AdapterService) -> None:
+    """What must hold after a restart, wherever the server before was killed."""
+    service.configure({})
+    registry = service.registry
+    entries = {entry.name: entry for entry in service.catalog.all()}
+    assert set(registry.model_names()) == set(entries), "nothing may be left half-deleted"
+    assert registry.active_versions()["keeper"] == entries["keeper"].active_version
+    assert registry.store.scan().problems == []
+    assert registry.store.versions("keeper") == [1, 2]
+    queued = service.queue.page(state="queued", limit=10_000)
+    assert all(service.workspaces.directory(job.id).is_dir() for job in queued)
+    assert {job.adapter_uid for job in queued} <= {entry.uid for entry in entries.values()}
+    for name in registry.model_names():
+        registry.acquire(name).release()
+    service.database.close()

@@ -1,0 +1,114 @@
+"""Sampled output of the whole decoder follows the target's distribution exactly, whatever the draft.
+
+The reference is the target's own probability of every pair of tokens, computed with transformers; thousands of
+sequences are drawn through prefill, drafting, verification and rollback. A logit bias leaves a few tokens, so that
+even a random draft proposes what the target may well accept.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+from reference_family import Family, make_family
+from scipy.stats import chisquare
+
+from eda.generation import GenerationRequest, generate
+from eda.private import PrivateModule
+from eda.proposer import Proposer
+from eda.sampling import SamplingParams
+from eda.speculative import Speculation, SpeculativeDecoder
+
+NUM_ALLOWED = 4
+BIAS = 100.0
+TEMPERATURE = 4.0
+NUM_DRAWS = 1500
+PROMPT = [5, 17, 40]
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return make_family(tmp_path_factory.mktemp("family"), seed=20)
+
+
+def allowed_tokens(family: Family) -> list[int]:
+    return family.draft.draft_token_ids[:NUM_ALLOWED].tolist()
+
+
+def exact_probabilities(family: Family, model: str) -> dict[tuple[int, ...], float]:
+    """Probability of each triple of allowed tokens, from the reference's logits."""
+    allowed = allowed_tokens(family)
+    outcomes: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(3):
+        longer: dict[tuple[int, ...], float] = {}
+        for path, mass in outcomes.items():
+            logits = family.reference_logits(model, PROMPT + list(path))[-1][allowed]
+            shares = (logits / TEMPERATURE).softmax(-1).tolist()
+            for token, share in zip(allowed, shares, strict=True):
+                longer[(*path, token)] = mass * share
+        outcomes = longer
+    return outcomes
+
+
+def draws(
+    family: Family, model: str, speculation: Speculation, *, block: bool = False
+) -> tuple[Counter[tuple[int, ...]], float]:
+    """Counts of emitted triples, and the share of decoding passes that accepted a draft token."""
+    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=4096, seed=1, block_verification=block)
+    module = PrivateModule(family.draft.config.private_config(24, 3)).requires_grad_(False)
+    for parameter in module.parameters():
+        parameter.data.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(2))
+    sampling = SamplingParams(temperature=TEMPERATURE, logit_bias=dict.fromkeys(allowed_tokens(family), BIAS))
+    request = GenerationRequest(PROMPT, 3, sampling=sampling, speculation=speculation, private=module)
+    generations = generate(decoder, family.fine_tunes[model], [request] * NUM_DRAWS, max_batch=150)
+    passes = [accepted for generation in generations for _, accepted in generation.steps]
+    accepting = sum(count > 0 for count in passes) / len(passes)
+    return Counter(tuple(generation.token_ids) for generation in generations), accepting
+
+
+def significance(counts: Counter[tuple[int, ...]], exact: dict[tuple[int, ...], float]) -> float:
+    """p-value of a chi-square test; outcomes that are rarely expected are put together."""
+    assert set(counts) <= set(exact), "a token was emitted that the target excludes"
+    common = [path for path, mass in exact.items() if mass * NUM_DRAWS >= 5]
+    observed = [counts[path] for path in common]
+    expected = [exact[path] * NUM_DRAWS for path in common]
+    rest = NUM_DRAWS - sum(expected)
+    if rest >= 1:
+        observed.append(NUM_DRAWS - sum(observed))
+        expected.append(rest)
+    else:
+        expected = [value * sum(observed) / sum(expected) for value in expected]
+    return float(chisquare(observed, expected).pvalue)
+
+
+@pytest.mark.parametrize(
+    ("speculation", "block"),
+    [
+        (Speculation("chain", num_speculative_tokens=3), False),
+        (Speculation("chain", num_speculative_tokens=3), True),
+        (Speculation("tree", num_speculative_tokens=3, tree_top_k=3, tree_num_nodes=9), False),
+    ],
+    ids=["chain", "block", "tree"],
+)
+def test_sampled_output_follows_the_target(family: Family, speculation: Speculation, block: bool) -> None:
+    counts, accepting = draws(family, "code", speculation, block=block)
+    assert 0.1 < accepting < 0.95, "the test needs accepted and rejected drafts"
+    exact = exact_probabilities(family, "code")
+    assert significance(counts, exact) > 1e-4
+
+
+def test_the_check_fails_when_drafts_are_accepted_unseen(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A test of the test: a draft that misstates its probabilities, so that all it proposes passes, is caught."""
+    original = Proposer.propose_chains
+
+    def overconfident(self: Proposer, *arguments: object) -> object:
+        proposals = original(self, *arguments)  # type: ignore[arg-type]
+        for proposal in proposals:
+            if proposal.draft_probs is not None:
+                proposal.draft_probs.mul_(0.0).add_(1e-9)
+        return proposals
+
+    monkeypatch.setattr(Proposer, "propose_chains", overconfident)
+    counts, _ = draws(family, "code", Speculation("chain", num_speculative_tokens=3))
+    assert significance(counts, exact_probabilities(family, "code")) < 1e-4

@@ -1,0 +1,246 @@
+"""What is trained, what stays, what is resumed, and that acceptance rises."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from toys import (
+    cyclic_samples,
+    cyclic_target,
+    dataset_of,
+    new_draft,
+    random_samples,
+    random_target,
+    spread,
+    weights_of,
+)
+
+from eda.errors import DataError, MismatchError, TrainingError
+from eda.private import PrivateModule
+from eda.training import trainer
+from eda.training.acceptance import simulate_acceptance
+from eda.training.checkpoints import TrainingState
+from eda.training.progress import StageStoppedError
+from eda.training.trainees import (
+    Trainee,
+    lora_trainee,
+    merged_draft,
+    private_trainee,
+    retrain_trainee,
+    shared_trainee,
+)
+from eda.training.trainer import TrainingConfig, batch_loss, default_learning_rate, learning_rate, train
+from eda.training.unroll import unroll
+
+CONFIG = TrainingConfig(
+    num_steps=12, batch_size=8, unroll_steps=3, learning_rate=5e-3, evaluate_every=4, patience=None
+)
+
+
+def private_for(target_seed: int = 0, *, fc_rank: int = 0) -> Trainee:
+    draft = spread(new_draft(random_target(target_seed)))
+    return private_trainee(draft, PrivateModule.initialised(draft.config.private_config(12, fc_rank), seed=5))
+
+
+@pytest.mark.parametrize("fc_rank", [0, 3])
+def test_only_the_private_module_receives_gradients_and_changes(fc_rank: int) -> None:
+    target, trainee = random_target(), private_for(fc_rank=fc_rank)
+    assert trainee.private is not None
+    data = dataset_of(target, random_samples(16))
+    draft_before, target_before = (
+        weights_of(trainee.draft),
+        {n: p.clone() for n, p in target.named_parameters()},
+    )
+    train(trainee, data, data, CONFIG)
+    assert all(parameter.grad is None for parameter in trainee.draft.parameters())
+    assert all(parameter.grad is None for parameter in target.parameters())
+    for name, tensor in trainee.draft.state_dict().items():
+        assert torch.equal(tensor, draft_before[name]), name
+    for name, parameter in target.named_parameters():
+        assert torch.equal(parameter, target_before[name]), name
+    assert set(trainee.parameters) == set(dict(trainee.private.named_parameters()))
+
+
+def test_a_gradient_in_the_wrong_place_is_an_error() -> None:
+    target, trainee = random_target(), private_for()
+    data = dataset_of(target, random_samples(8))
+    trainee.draft.fc.weight.requires_grad_(True)
+    with pytest.raises(TrainingError, match=r"frozen parameters received gradients: fc\.weight"):
+        train(trainee, data, data, CONFIG)
+
+
+@pytest.mark.parametrize("fc_rank", [0, 3])
+def test_before_training_the_private_draft_is_the_shared_one_bit_for_bit(fc_rank: int) -> None:
+    target, trainee = random_target(), private_for(fc_rank=fc_rank)
+    batch = dataset_of(target, random_samples(6)).batch(range(6), 3)
+    with torch.no_grad():
+        for private in (None, trainee.private):
+            outputs = list(unroll(trainee.draft, batch.features, batch.embeddings, 3, private))
+            if private is None:
+                shared = outputs
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(outputs, shared, strict=True))
+
+
+def test_the_private_module_alone_recovers_acceptance_on_a_changed_target() -> None:
+    base, shifted = cyclic_target(1), cyclic_target(5)
+    draft = new_draft(base)
+    config = replace(CONFIG, num_steps=150, learning_rate=1e-2, evaluate_every=50)
+    report = train(
+        shared_trainee(draft),
+        dataset_of(base, cyclic_samples(48, 1)),
+        dataset_of(base, cyclic_samples(8, 1, seed=9)),
+        config,
+    )
+    assert report.best_score > 4.0
+    training = dataset_of(shifted, cyclic_samples(48, 5))
+    held_out = dataset_of(shifted, cyclic_samples(8, 5, seed=9))
+    before = simulate_acceptance(draft, None, held_out).mean_length
+    private = PrivateModule.initialised(draft.config.private_config(32, 4))
+    adapted = train(private_trainee(draft, private), training, held_out, config)
+    assert adapted.first_score == pytest.approx(before)
+    assert adapted.best_score > before + 1.0
+    assert simulate_acceptance(draft, private, held_out).mean_length == pytest.approx(adapted.best_score)
+
+
+@pytest.mark.parametrize("kind", ["private", "shared"])
+def test_an_interrupted_run_gives_the_same_result(kind: str, tmp_path: Path) -> None:
+    target = random_target()
+    data, held_out = dataset_of(target, random_samples(20)), dataset_of(target, random_samples(6, 9))
+
+    def fresh() -> Trainee:
+        if kind == "private":
+            return private_for()
+        return shared_trainee(spread(new_draft(target)))
+
+    whole = fresh()
+    expected = train(whole, data, held_out, CONFIG)
+    calls = 0
+
+    def stop() -> bool:
+        nonlocal calls
+        calls += 1
+        return calls % 5 == 0
+
+    attempts = 0
+    while True:
+        attempts += 1
+        part = fresh()
+        try:
+            found = train(
+                part, data, held_out, CONFIG, checkpoint=tmp_path / "state.safetensors", should_stop=stop
+            )
+            break
+        except StageStoppedError:
+            assert attempts < 20
+    assert attempts > 2
+    for name, tensor in whole.state().items():
+        assert torch.equal(tensor, part.state()[name]), name
+    assert found.history == expected.history
+    assert found.best_step == expected.best_step
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    target = random_target()
+    data, path = dataset_of(target, random_samples(8)), tmp_path / "state.safetensors"
+    train(private_for(), data, data, replace(CONFIG, num_steps=2), checkpoint=path)
+    with pytest.raises(MismatchError, match="other data or settings"):
+        train(private_for(), data, data, replace(CONFIG, num_steps=3), checkpoint=path)
+    path.write_bytes(b"x" * 100)
+    with pytest.raises(DataError, match="no readable checkpoint"):
+        train(private_for(), data, data, CONFIG, checkpoint=path)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    target = random_target()
+    data = dataset_of(target, random_samples(16))
+    calls = 0
+    real = batch_loss
+
+    def spoiled(*arguments: object) -> object:
+        nonlocal calls
+        calls += 1
+        loss, acceptances = real(*arguments)  # type: ignore[arg-type]
+        return (loss * float("nan") if calls == 4 else loss), acceptances
+
+    monkeypatch.setattr(trainer, "batch_loss", spoiled)
+    trainee, path = private_for(), tmp_path / "state.safetensors"
+    with pytest.raises(TrainingError, match=r"step 4: the loss is nan.*weights after step 3 are kept"):
+        train(trainee, data, data, CONFIG, checkpoint=path)
+    assert all(torch.isfinite(tensor).all() for tensor in trainee.state().values())
+    monkeypatch.undo()
+    resumed = private_for()
+    report = train(resumed, data, data, CONFIG, checkpoint=path)
+    assert report.num_steps == CONFIG.num_steps
+
+
+def test_nothing_to_learn_from_is_an_error() -> None:
+    target = random_target()
+    data = dataset_of(target, random_samples(4))
+    with pytest.raises(TrainingError, match="0 usable samples to train on and 4"):
+        train(private_for(), dataset_of(target, []), data, CONFIG)
+
+
+def test_a_retrained_copy_leaves_the_shared_draft_alone() -> None:
+    target = random_target()
+    draft, data = spread(new_draft(target)), dataset_of(target, random_samples(16))
+    before = weights_of(draft)
+    trainee = retrain_trainee(draft)
+    train(trainee, data, data, replace(CONFIG, evaluate_every=1))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in draft.state_dict().items())
+    assert trainee.share_of_draft == 1.0
+
+
+def test_lora_on_all_linears_merges_into_a_plain_draft() -> None:
+    target = random_target()
+    draft, data = spread(new_draft(target)), dataset_of(target, random_samples(16))
+    trainee = lora_trainee(draft, 4, seed=1)
+    batch = data.batch(range(6), 3)
+    with torch.no_grad():
+        for mine, theirs in zip(
+            unroll(trainee.draft, batch.features, batch.embeddings, 3),
+            unroll(draft, batch.features, batch.embeddings, 3),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, theirs)
+    assert len(trainee.parameters) == 2 * 5
+    with torch.no_grad():
+        for parameter in trainee.parameters.values():
+            parameter.add_(0.05)
+    merged = merged_draft(trainee.draft)
+    assert set(merged.state_dict()) == set(draft.state_dict())
+    with torch.no_grad():
+        for mine, theirs in zip(
+            unroll(trainee.draft, batch.features, batch.embeddings, 3),
+            unroll(merged, batch.features, batch.embeddings, 3),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_patience_counts_measurements_after_the_best() -> None:
+    state = TrainingState(step=9, best_step=3)
+    state.history = [{"step": float(step), "acceptance_length": 1.0} for step in (0, 3, 6, 9)]
+    data = dataset_of(random_target(), random_samples(4))
+    for patience, expected in ((2, True), (3, False), (None, False)):
+        run = trainer._Run(
+            private_for(), data, data, replace(CONFIG, patience=patience), None, lambda _: None, lambda: False
+        )
+        assert run._out_of_patience(state) is expected
+
+
+def test_the_rate_warms_up_and_falls_to_zero() -> None:
+    rates = [learning_rate(1.0, 0.1, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates.index(max(rates)) in (9, 10)
+    assert rates[-1] < 1e-3
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_wider_drafts_have_smaller_default_rates() -> None:
+    trainee = private_for()
+    assert default_learning_rate(trainee) == pytest.approx(0.64 / 32)
+    assert default_learning_rate(retrain_trainee(trainee.draft)) < default_learning_rate(trainee)

@@ -1,0 +1,86 @@
+"""A whole server for tests of administration: what a test needs of its inside, and a worker with fake stages."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from adapters.claims import Claim
+from adapters.pipeline import Result, StageContext
+from adapters.service import AdapterService
+from adapters.worker import Worker
+from eda.private import PrivateModule
+from server.services import Services
+from tests.adapters.fake_stages import FakeStages, manifest_for
+from tests.server.family import save_lora
+
+PROMPTS = ["the quick brown fox", "1 + 2 ="]
+
+
+class Stages(FakeStages):
+    """Publishes a module that the tiny draft can use."""
+
+    adapters: AdapterService
+
+    def train(self, context: StageContext) -> Result:
+        self._work(context)
+        draft = self.adapters.registry.loader.draft  # type: ignore[attr-defined]
+        config = draft.config.private_config(intermediate_size=4)
+        PrivateModule.initialised(config, seed=self.steps).save(context.workspace / "private.safetensors")
+        return {}
+
+    def publish(self, context: StageContext) -> Result:
+        spec, loader = context.spec, self.adapters.registry.loader
+        manifest = replace(
+            manifest_for(spec.adapter, fine_tune=spec.fine_tune_fingerprint, job_id=spec.job_id),
+            target_fingerprint=loader.base.fingerprint,
+            draft_fingerprint=loader.draft.fingerprint(),  # type: ignore[attr-defined]
+            sizes={"hidden_size": 32, "num_features": 96, "intermediate_size": 4, "fc_rank": 0},
+            metrics=context.results["evaluate"],
+        )
+        weights = context.workspace / "private.safetensors"
+        return {"version": self.store.publish(weights, manifest).version}
+
+
+class Server:
+    """A running server and what a test needs of its inside."""
+
+    def __init__(self, url: str, services: Services, directory: Path) -> None:
+        assert services.runtime is not None
+        assert services.runtime.adapters is not None
+        self.adapters: AdapterService = services.runtime.adapters
+        self.directory = directory
+        self.client = httpx.Client(base_url=url, timeout=30)
+
+    def lora(self, name: str, seed: int = 1) -> str:
+        path = self.directory / "loras" / name
+        if not path.exists():
+            save_lora(path, seed)
+        return str(path)
+
+    def body(self, name: str, **changes: Any) -> dict[str, Any]:
+        return {"name": name, "target": {"path": self.lora("one")}, "data": {"prompts": PROMPTS}} | changes
+
+    def create(self, name: str, **changes: Any) -> httpx.Response:
+        return self.client.post("/adapters", json=self.body(name, **changes))
+
+    def work(self, *, steps: int = 2, **options: Any) -> bool:
+        """Runs one job with fake stages, in this thread, and lets the registry follow."""
+
+        def make(claim: Claim) -> Stages:
+            stages = Stages(self.adapters.registry.store, claim, steps=steps, step_seconds=0, **options)
+            stages.adapters = self.adapters
+            return stages
+
+        worker = Worker(self.adapters.database, self.adapters.workspaces, make, poll_seconds=0.02)
+        ran = worker.run_one()
+        self.adapters.registry.sync()
+        return ran
+
+    def complete(self, model: str, **changes: Any) -> dict[str, Any]:
+        body = {"model": model, "prompt": "the quick brown", "max_tokens": 12, "temperature": 0} | changes
+        response = self.client.post("/v1/completions", json=body)
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer

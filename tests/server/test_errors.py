@@ -1,0 +1,155 @@
+"""Every error is OpenAI's shape and names what is wrong."""
+
+from typing import Any
+
+import httpx
+import pytest
+
+from server.app import create_app
+from tests.server.family import Family
+from tests.server.serving import make_parts
+
+COMPLETION = {"model": "base", "prompt": "x", "max_tokens": 2}
+CHAT = {"model": "base", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+
+
+def refuse(client: httpx.Client, path: str, body: Any, status: int = 400) -> dict[str, Any]:
+    return error_of(client.post(path, json=body), status)
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["message"]
+    error: dict[str, Any] = body["error"]
+    return error
+
+
+@pytest.mark.parametrize(
+    "name", ["best_of", "suffix", "guided_json", "response_format", "Temperature", "use_beam_search"]
+)
+def test_unknown_parameters_are_refused_by_name(client: httpx.Client, name: str) -> None:
+    error = refuse(client, "/v1/completions", {**COMPLETION, name: 1})
+    assert (error["param"], error["code"]) == (name, "unsupported_parameter")
+    assert name in error["message"]
+
+
+@pytest.mark.parametrize("name", ["tools", "tool_choice", "response_format", "audio", "store", "functions"])
+def test_unsupported_chat_parameters_are_refused_unless_null(client: httpx.Client, name: str) -> None:
+    assert refuse(client, "/v1/chat/completions", {**CHAT, name: {}})["param"] == name
+    assert client.post("/v1/chat/completions", json={**CHAT, name: None}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"temperature": 2.5}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"n": 0}, "n"),
+        ({"n": 65}, "n"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 512}, "max_tokens"),
+        ({"min_tokens": 3}, "min_tokens"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"seed": 2**63}, "seed"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"9999": 1}}, "logit_bias"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"draft": "best"}, "draft"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, None),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": [400]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [1.5]}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"model": None}, "model"),
+        ({"stream_options": {"include_usage": True}}, None),
+        ({"stream": True, "stream_options": {"chunks": 1}}, "stream_options.chunks"),
+        ({"echo": True, "logprobs": 1}, None),
+    ],
+)
+def test_wrong_values_name_their_parameter(
+    client: httpx.Client, change: dict[str, Any], param: str | None
+) -> None:
+    error = refuse(client, "/v1/completions", {**COMPLETION, **change})
+    assert error["type"] == "invalid_request_error"
+    if param is not None:
+        assert (error["param"] or "").startswith(param), error
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"messages": []},
+        {"messages": [{"role": "tool", "content": "x"}]},
+        {"messages": [{"role": "user"}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        {"messages": [{"role": "user", "content": "x", "name": "me"}]},
+        {"top_logprobs": 2},
+        {"logprobs": True, "top_logprobs": 21},
+    ],
+)
+def test_wrong_chats(client: httpx.Client, change: dict[str, Any]) -> None:
+    refuse(client, "/v1/chat/completions", {**CHAT, **change})
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b'{"model": NaN}', b"[" * 5000])
+def test_bodies_that_are_no_object(client: httpx.Client, content: bytes) -> None:
+    response = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    error_of(response, 400)
+
+
+def test_a_body_of_another_kind(client: httpx.Client) -> None:
+    error_of(client.post("/v1/completions", data={"model": "base"}), 400)
+
+
+def test_large_bodies(client: httpx.Client) -> None:
+    large = b'{"prompt": "' + b"x" * (4 * 1024 * 1024) + b'"}'
+    assert error_of(client.post("/v1/completions", content=large), 413)["code"] == "body_too_large"
+    parts = (large[start : start + 65536] for start in range(0, len(large), 65536))
+    assert error_of(client.post("/v1/completions", content=parts), 413)["code"] == "body_too_large"
+
+
+def test_a_long_prompt_is_refused_before_it_is_tokenized(client: httpx.Client) -> None:
+    error = refuse(client, "/v1/completions", {**COMPLETION, "prompt": "x" * 3_000_000})
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+
+
+def test_unknown_models_paths_and_methods(client: httpx.Client) -> None:
+    assert refuse(client, "/v1/completions", {**COMPLETION, "model": "x"}, 404)["code"] == "model_not_found"
+    assert refuse(client, "/tokenize", {"model": "x", "prompt": "y"}, 404)["code"] == "model_not_found"
+    assert error_of(client.get("/v1/models/x"), 404)["code"] == "model_not_found"
+    assert error_of(client.get("/v1/nothing"), 404)["code"] == "not_found"
+    response = client.get("/v1/completions")
+    assert error_of(response, 405)["code"] == "method_not_allowed"
+    assert response.headers["allow"] == "POST"
+
+
+def test_every_answer_has_a_request_id(client: httpx.Client) -> None:
+    answers = [
+        client.get("/version"),
+        client.get("/nothing"),
+        client.post("/v1/completions", json=COMPLETION),
+    ]
+    assert len({answer.headers["x-request-id"] for answer in answers}) == 3
+
+
+async def test_an_unexpected_error_tells_nothing_of_the_inside(family: Family) -> None:
+    parts = make_parts(family)
+    parts.registry.model_names = lambda: [1 / 0]  # type: ignore[method-assign,assignment,list-item]
+    transport = httpx.ASGITransport(create_app(parts.services), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        error = error_of(await client.get("/v1/models"), 500)
+    assert (error["type"], error["code"]) == ("server_error", "internal_error")
+    assert "division" not in error["message"]

@@ -1,0 +1,141 @@
+"""Drafts follow the load without flapping, and an adapter's own acceptance."""
+
+from pathlib import Path
+
+import pytest
+
+from eda.speculative import Speculation
+from server.engine.sequence import SequenceLabels, StepStats
+from server.engine.speculation import (
+    SpeculationLevel,
+    SpeculationPolicy,
+    SpeculationTable,
+    SpeculationTableError,
+    best_chain_length,
+)
+
+LABELS = SequenceLabels("math", "private", "math", 1)
+OTHER = SequenceLabels("code", "private", "code", 1)
+TABLE = SpeculationTable(
+    (SpeculationLevel(1, "tree", 5), SpeculationLevel(8, "chain", 4), SpeculationLevel(16, "chain", 0)), 0.1
+)
+START = Speculation("chain", 5)
+
+
+def at_batch(size: int, **options: int) -> SpeculationPolicy:
+    policy = SpeculationPolicy(TABLE, patience=1, **options)
+    policy.observe_batch(size)
+    return policy
+
+
+def stats(accepted: int, drafted: int = 4, mode: str = "chain", labels: SequenceLabels = LABELS) -> StepStats:
+    return StepStats(labels, mode, drafted, accepted, accepted + 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("size", "mode", "length"),
+    [(1, "tree", 5), (2, "chain", 4), (8, "chain", 4), (9, "chain", 0), (99, "chain", 0)],
+)
+def test_levels_follow_the_batch(size: int, mode: str, length: int) -> None:
+    chosen = at_batch(size).choose(LABELS, START)
+    assert (chosen.mode, chosen.num_speculative_tokens) == (mode, length)
+
+
+def test_a_batch_that_swings_around_a_border_does_not_flap() -> None:
+    policy = SpeculationPolicy(TABLE, patience=4)
+    for _ in range(4):
+        policy.observe_batch(8)
+    seen = set()
+    for size in (9, 8, 9, 9, 8, 9, 9, 9, 8):
+        policy.observe_batch(size)
+        seen.add(policy.level.max_batch_size)
+    assert seen == {8}
+    for _ in range(4):
+        policy.observe_batch(9)
+    assert policy.level.max_batch_size == 16
+
+
+def test_an_idle_step_changes_nothing() -> None:
+    policy = at_batch(9)
+    policy.observe_batch(0)
+    assert policy.level.max_batch_size == 16
+
+
+def test_a_sequence_without_drafting_stays_so() -> None:
+    plain = Speculation("none", 0)
+    assert at_batch(1).choose(LABELS, plain) == plain
+
+
+def test_chains_shorten_for_the_adapter_that_is_rejected_and_for_no_other() -> None:
+    policy = at_batch(4, warm_up=10)
+    for _ in range(50):
+        policy.observe_step(stats(accepted=0 if _ % 2 else 1))
+        policy.observe_step(stats(accepted=4, labels=OTHER))
+    assert policy.choose(LABELS, START).num_speculative_tokens < 4
+    assert policy.choose(OTHER, START).num_speculative_tokens == 4
+
+
+def test_a_useless_draft_is_left_out_but_probed() -> None:
+    policy = at_batch(4, warm_up=10, probe_every=5)
+    for _ in range(20):
+        policy.observe_step(stats(accepted=0))
+    chosen = [policy.choose(LABELS, START).num_speculative_tokens for _ in range(10)]
+    assert chosen == [0, 0, 0, 0, 4, 0, 0, 0, 0, 4]
+
+
+def test_a_tree_that_does_not_pay_becomes_a_chain() -> None:
+    policy = at_batch(1, warm_up=10)
+    assert policy.choose(LABELS, START).mode == "tree"
+    for _ in range(20):
+        policy.observe_step(stats(accepted=0, drafted=16, mode="tree"))
+    assert policy.choose(LABELS, START).mode == "chain"
+
+
+def test_an_adapter_that_got_better_is_noticed() -> None:
+    policy = at_batch(4, warm_up=10)
+    for _ in range(20):
+        policy.observe_step(stats(accepted=0))
+    for _ in range(200):
+        policy.observe_step(stats(accepted=4))
+    assert policy.choose(LABELS, START).num_speculative_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("acceptance", "cost", "expected"),
+    [(0.0, 0.1, 0), (0.05, 0.1, 0), (0.5, 0.1, 2), (1.0, 0.1, 6), (0.9, 2.0, 0)],
+)
+def test_best_chain_length(acceptance: float, cost: float, expected: int) -> None:
+    assert best_chain_length(acceptance, cost, 6) == expected
+
+
+def test_the_largest_speculation_has_the_most_slots() -> None:
+    assert SpeculationPolicy(TABLE).largest == TABLE.levels[0].speculation()
+
+
+def test_a_table_survives_its_file(tmp_path: Path) -> None:
+    TABLE.save(tmp_path / "table.json", [{"batch_size": 1}])
+    assert SpeculationTable.load(tmp_path / "table.json") == TABLE
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"levels": []}', '{"levels": [{"max_batch_size": 1}], "draft_cost": 1}']
+)
+def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(SpeculationTableError, match=r"table\.json"):
+        SpeculationTable.load(path)
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [
+        (),
+        (SpeculationLevel(0, "chain", 1),),
+        (SpeculationLevel(4, "chain", 1), SpeculationLevel(4, "chain", 0)),
+        (SpeculationLevel(4, "chain", -1),),
+    ],
+)
+def test_levels_that_make_no_sense_are_refused(levels: tuple[SpeculationLevel, ...]) -> None:
+    with pytest.raises(SpeculationTableError):
+        SpeculationTable(levels)
