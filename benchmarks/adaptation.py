@@ -180,7 +180,6 @@ def _load_domains(options: argparse.Namespace) -> dict[str, DomainData]:
     target = TargetModel.load(options.target)
     draft = DraftModel.load(options.draft)
     check_draft_fits(draft, target)
-    target.tap_layers = draft.config.tap_layers
     base = FineTune("base", target)
     sizes = DataSizes(
         options.num_prompts,
@@ -194,7 +193,6 @@ def _load_domains(options: argparse.Namespace) -> dict[str, DomainData]:
         if name not in prompts or name not in evaluation:
             raise ValueError(f"--prompts {name}=FILE and --eval-prompts {name}=FILE are needed for {name!r}")
         fine_tune = load_fine_tune(path, target, name)
-        fine_tune.model.tap_layers = draft.config.tap_layers
         domains[name] = DomainData(
             name,
             base,

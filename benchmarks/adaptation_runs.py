@@ -184,7 +184,7 @@ class DomainData:
 
     def _cache(self, data: str) -> StateCache:
         if data not in self._caches:
-            self._caches[data] = StateCache(self.fine_tune, self._samples(data))
+            self._caches[data] = StateCache(self.fine_tune, self._samples(data), self.draft.config.tap_layers)
         return self._caches[data]
 
     def _samples(self, data: str) -> list[Sample]:

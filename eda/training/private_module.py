@@ -65,8 +65,8 @@ def train_private_module(
     trainee = private_trainee(draft, private)
     report = train(
         trainee,
-        Dataset(StateCache(fine_tune, samples, memory_bytes=config.memory_bytes)),
-        Dataset(StateCache(fine_tune, held_out, memory_bytes=config.memory_bytes)),
+        Dataset(StateCache(fine_tune, samples, draft.config.tap_layers, memory_bytes=config.memory_bytes)),
+        Dataset(StateCache(fine_tune, held_out, draft.config.tap_layers, memory_bytes=config.memory_bytes)),
         config.training,
         checkpoint=directory / CHECKPOINT_FILE,
         on_progress=on_progress,

@@ -69,7 +69,7 @@ def score_samples(
 
     Raises ``StageStoppedError`` when ``should_stop`` says so.
     """
-    states = states or StateCache(fine_tune, samples)
+    states = states or StateCache(fine_tune, samples, draft.config.tap_layers)
     dataset = Dataset(states)
     wanted = set(scores)
     found: dict[Score, list[float]] = {score: [0.0] * len(samples) for score in scores}
@@ -85,7 +85,7 @@ def score_samples(
                 found["deficit"][index] = value
         others: list[TargetStates] | list[None] = [None] * len(indices)
         if wanted & _NEEDS_BASE:
-            others = compute_states(base, [samples[index] for index in indices])
+            others = compute_states(base, [samples[index] for index in indices], states.tap_layers)
         for index, mine, theirs in zip(indices, own, others, strict=True):
             for score, value in _distribution_scores(fine_tune, base, mine, theirs, wanted).items():
                 found[score][index] = value

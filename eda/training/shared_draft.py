@@ -129,8 +129,8 @@ def train_shared_draft(
     draft = DraftModel.initialised(sizes, vocabulary.token_ids, seed=config.seed).to(target.device)
     report = train(
         shared_trainee(draft),
-        Dataset(StateCache(base, samples, memory_bytes=config.memory_bytes)),
-        Dataset(StateCache(base, held_out, memory_bytes=config.memory_bytes)),
+        Dataset(StateCache(base, samples, draft.config.tap_layers, memory_bytes=config.memory_bytes)),
+        Dataset(StateCache(base, held_out, draft.config.tap_layers, memory_bytes=config.memory_bytes)),
         config.training,
         checkpoint=work / CHECKPOINT_FILE,
         on_progress=on_progress,

@@ -41,9 +41,15 @@ class TargetStates:
 
 
 @torch.no_grad()
-def compute_states(fine_tune: FineTune, samples: Sequence[Sample]) -> list[TargetStates]:
-    """States of all ``samples`` from one packed prefill pass. Each sample has at least two answer tokens."""
+def compute_states(
+    fine_tune: FineTune, samples: Sequence[Sample], tap_layers: tuple[int, int, int]
+) -> list[TargetStates]:
+    """States of all ``samples`` from one packed prefill pass. Each sample has at least two answer tokens.
+
+    ``tap_layers`` are the draft's: the features must be those it sees in service, whoever used the model before.
+    """
     model, device = fine_tune.model, fine_tune.model.device
+    model.tap_layers = tap_layers
     lengths = [sample.length for sample in samples]
     tokens = [token for sample in samples for token in (*sample.prompt_ids, *sample.response_ids)]
     positions = torch.cat([torch.arange(length, device=device) for length in lengths])
@@ -92,19 +98,22 @@ def _halved(features: Tensor) -> Tensor:
 class StateCache:
     """States of samples, computed when first asked for and kept in memory up to ``memory_bytes``.
 
-    What does not fit is computed again each time, so data of any size can be trained on; only time is lost.
+    ``tap_layers`` are those of the draft that learns from the features. What does not fit is computed again each
+    time, so data of any size can be trained on; only time is lost.
     """
 
     def __init__(
         self,
         fine_tune: FineTune,
         samples: Sequence[Sample],
+        tap_layers: tuple[int, int, int],
         *,
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
         pack_tokens: int = DEFAULT_PACK_TOKENS,
     ) -> None:
         self.fine_tune = fine_tune
         self.samples = list(samples)
+        self.tap_layers = tap_layers
         self._memory_bytes = memory_bytes
         self._pack_tokens = pack_tokens
         self._kept: dict[int, TargetStates] = {}
@@ -114,7 +123,7 @@ class StateCache:
         """States of the samples at ``indices``, in that order."""
         found = {index: self._kept[index] for index in indices if index in self._kept}
         for pack in self._packs([index for index in dict.fromkeys(indices) if index not in found]):
-            states = compute_states(self.fine_tune, [self.samples[index] for index in pack])
+            states = compute_states(self.fine_tune, [self.samples[index] for index in pack], self.tap_layers)
             for index, state in zip(pack, states, strict=True):
                 found[index] = state
                 if self.used_bytes + state.num_bytes <= self._memory_bytes:

@@ -85,7 +85,7 @@ def triage(
         measured = simulate_acceptance(
             draft,
             None,
-            Dataset(StateCache(model, samples, memory_bytes=0)),
+            Dataset(StateCache(model, samples, draft.config.tap_layers, memory_bytes=0)),
             num_draft_tokens=num_draft_tokens,
             should_stop=should_stop,
         )

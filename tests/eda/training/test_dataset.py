@@ -11,7 +11,9 @@ from eda.training.target_states import StateCache, compute_states
 def test_states_are_those_of_the_whole_sequence() -> None:
     target = random_target()
     samples = random_samples(4)
-    for sample, state in zip(samples, compute_states(FineTune("toy", target), samples), strict=True):
+    for sample, state in zip(
+        samples, compute_states(FineTune("toy", target), samples, target.tap_layers), strict=True
+    ):
         logits = whole_logits(target, [*sample.prompt_ids, *sample.response_ids])
         start = len(sample.prompt_ids)
         judged = logits[start : start + sample.num_roots]
@@ -21,11 +23,26 @@ def test_states_are_those_of_the_whole_sequence() -> None:
         assert state.features.shape == (sample.length - 2, 3 * 32)
 
 
+def test_features_are_tapped_where_the_draft_wants_them_whatever_the_model_did_before() -> None:
+    target, samples = random_target(), random_samples(2)
+    fine_tune, wanted = FineTune("toy", target), (0, 1, 2)
+    expected = [state.features for state in StateCache(fine_tune, samples, wanted).get([0, 1])]
+    target.tap_layers = (2, 1, 0)
+    found = [state.features for state in StateCache(fine_tune, samples, wanted).get([0, 1])]
+    other = [state.features for state in StateCache(fine_tune, samples, (2, 1, 0)).get([0, 1])]
+    for right, mine, turned in zip(expected, found, other, strict=True):
+        assert torch.equal(right, mine)
+        assert not torch.equal(right, turned)
+
+
 def test_what_exceeds_the_memory_budget_is_computed_again_and_equal() -> None:
     target, samples = random_target(), random_samples(12)
-    whole = StateCache(FineTune("toy", target), samples)
+    whole = StateCache(FineTune("toy", target), samples, target.tap_layers)
     first = whole.get(range(12))
-    small = StateCache(FineTune("toy", target), samples, memory_bytes=whole.used_bytes // 3, pack_tokens=20)
+    budget = whole.used_bytes // 3
+    small = StateCache(
+        FineTune("toy", target), samples, target.tap_layers, memory_bytes=budget, pack_tokens=20
+    )
     for _ in range(2):
         for mine, theirs in zip(small.get(range(12)), first, strict=True):
             torch.testing.assert_close(mine.features, theirs.features, rtol=1e-2, atol=1e-2)

@@ -112,7 +112,7 @@ def whole_logits(target: TargetModel, tokens: list[int]) -> Tensor:
 
 
 def dataset_of(target: TargetModel, samples: list[Sample], memory_bytes: int = 1 << 24) -> Dataset:
-    return Dataset(StateCache(FineTune("toy", target), samples, memory_bytes=memory_bytes))
+    return Dataset(StateCache(FineTune("toy", target), samples, target.tap_layers, memory_bytes=memory_bytes))
 
 
 def weights_of(draft: DraftModel) -> dict[str, Tensor]:
