@@ -31,6 +31,8 @@ from eda.rotary import RotaryEmbedding
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
 _RECOMPUTED = re.compile(r"rotary_emb\.inv_freq$")  # older checkpoints stored what the config determines
+# Private in torch; a release without one of them only loses the automatic choice.
+_BFLOAT16_CPU_CHECKS = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
 # A fine-tune shares the base's draft, whose cache and features have these sizes.
 _SHARED_SIZES = (
     "architecture",
@@ -320,10 +322,18 @@ def _without_copies(lora: LoraAdapter, base: TargetModel) -> LoraAdapter:
 
 
 def automatic_dtype(device: torch.device | str) -> torch.dtype:
-    """bfloat16 where it is fast (CUDA, CPUs with matrix units for it), float32 elsewhere."""
+    """bfloat16 where it is fast, float32 elsewhere.
+
+    Fast are CUDA devices and CPUs with bfloat16 products in hardware: AMX (Intel) or AVX512-BF16 (AMD since Zen 4, some
+    Intel). Other CPUs convert every operand and are slower than in float32.
+    """
     kind = torch.device(device).type
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return torch.bfloat16 if kind == "cuda" or (kind == "cpu" and has_amx()) else torch.float32
+    if kind == "cpu":
+        checks = (getattr(torch.cpu, name, None) for name in _BFLOAT16_CPU_CHECKS)
+        fast = any(check() for check in checks if check is not None)
+    else:
+        fast = kind == "cuda"
+    return torch.bfloat16 if fast else torch.float32
 
 
 def default_tap_layers(num_layers: int) -> tuple[int, int, int]:

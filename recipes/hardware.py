@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from eda.target import automatic_dtype
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -38,15 +40,14 @@ def choose_hardware(
 ) -> Hardware:
     """Pick what is fastest here; `"auto"`, `None` and 0 leave a choice open.
 
-    bfloat16 pays only with units for it (a GPU, or AMX on a CPU): elsewhere a CPU emulates it and is slower than in
-    float32. Compilation needs a C++ compiler.
+    bfloat16 pays only with units for it (see `automatic_dtype`). Compilation needs a C++ compiler.
     """
     if num_threads:
         torch.set_num_threads(num_threads)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
-        fast_bfloat16 = device == "cuda" or torch.cpu._is_amx_tile_supported()
+        fast_bfloat16 = automatic_dtype(device) is torch.bfloat16
         dtype = "bfloat16" if fast_bfloat16 else "float32"
     if compiled is None:
         compiled = device == "cuda" or any(shutil.which(name) for name in ("g++", "clang++"))

@@ -5,7 +5,7 @@
 Training ends at the token budget or at the time limit, whichever comes first; the learning rate follows whichever is
 nearer. Started again, it goes on from its last checkpoint. The first part of it trains a model of a few layers only,
 which then grows to its full depth without a change of its outputs: a step of the shallow model costs a third, and
-early on it learns as much from a token.
+early on it learns as much from a token. The last part sees sequences of twice the length, for the context.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from recipes.attention import use_blocked_attention
 from recipes.hardware import Hardware, choose_hardware
 from recipes.head_loss import head_loss
 from recipes.held_out import mean_loss
@@ -41,13 +42,14 @@ class PretrainSettings:
 
     max_tokens: int
     max_seconds: float = math.inf
-    sequence_length: int = 1024
-    micro_batch_size: int = 4
+    sequence_length: int = 512
+    micro_batch_size: int = 8
     num_micro_batches: int = 1
     matrix_rate: float = 0.02
     other_rate: float = 3e-3
     num_shallow_layers: int = 5
     shallow_share: float = 0.5  # of the budget; 0 trains at full depth from the start
+    long_share: float = 0.15  # of the budget, at its end: sequences of twice the length, half as many in a step
     seed: int = 0
     checkpoint_seconds: float = 180.0
     log_every: int = 10
@@ -58,16 +60,16 @@ def base_config(
 ) -> LlamaConfig:
     """The family's shape: deep and thin, so that a one-layer draft is cheap beside the target.
 
-    `width` is the hidden size, a multiple of 64: 256 gives 17 million parameters, 128 gives 5 million.
+    `width` is the hidden size, a multiple of 128: 256 gives 17 million parameters, 128 gives 5 million.
     """
     return LlamaConfig(
         vocab_size=vocabulary_size,
         hidden_size=width,
         intermediate_size=width * 11 // 4,
         num_hidden_layers=20,
-        num_attention_heads=width // 32,
-        num_key_value_heads=width // 64,
-        head_dim=32,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 128,
+        head_dim=64,
         max_position_embeddings=2048,
         rope_theta=10000.0,
         tie_word_embeddings=True,
@@ -159,6 +161,8 @@ def train(
     `stop_after_steps` interrupts a run on purpose.
     """
     model.to(hardware.device).train()
+    if hardware.device == "cpu":
+        use_blocked_attention(model)
     newton_schulz_dtype = torch.bfloat16 if hardware.compute_dtype == "bfloat16" else torch.float32
     optimizer = MuonAdamW(
         model, settings.matrix_rate, settings.other_rate, newton_schulz_dtype=newton_schulz_dtype
@@ -212,33 +216,44 @@ def train(
 
 def train_growing(
     config: LlamaConfig,
-    sequences: NDArray[np.uint16],
+    sequences_of: Callable[[int], NDArray[np.uint16]],
     settings: PretrainSettings,
     hardware: Hardware,
     work: Path,
     log: LossLog,
 ) -> tuple[LlamaForCausalLM, Position]:
-    """Train a shallow model for its share of the budget, then the grown one; resumes in either part."""
-    if not settings.shallow_share:
-        model = initial_model(config, settings.seed)
-        return model, train(model, sequences, settings, hardware, work / "base_state.safetensors", log)
-    shallow_config = LlamaConfig.from_dict(
-        config.to_dict() | {"num_hidden_layers": settings.num_shallow_layers}
+    """Train a shallow model for its share of the budget, then the grown one; resumes in any part.
+
+    `sequences_of` gives the training text `[count, length]` for a length.
+    """
+    position = None
+    model = initial_model(config, settings.seed)
+    if settings.shallow_share:
+        shallow_config = LlamaConfig.from_dict(
+            config.to_dict() | {"num_hidden_layers": settings.num_shallow_layers}
+        )
+        shallow = initial_model(shallow_config, settings.seed)
+        state = work / "base_shallow_state.safetensors"
+        short = sequences_of(settings.sequence_length)
+        position = train(shallow, short, settings, hardware, state, log, until=settings.shallow_share)
+        model = grown_model(shallow, config, settings.seed)
+    state = work / "base_state.safetensors"
+    long = replace(
+        settings,
+        sequence_length=2 * settings.sequence_length,
+        micro_batch_size=max(1, settings.micro_batch_size // 2),
     )
-    shallow = initial_model(shallow_config, settings.seed)
-    state = work / "base_shallow_state.safetensors"
-    position = train(shallow, sequences, settings, hardware, state, log, until=settings.shallow_share)
-    model = grown_model(shallow, config, settings.seed)
-    position = train(
-        model, sequences, settings, hardware, work / "base_state.safetensors", log, start=position
-    )
+    for part, until in ((settings, 1.0 - settings.long_share), (long, 1.0)):
+        sequences = sequences_of(part.sequence_length)
+        position = train(model, sequences, part, hardware, state, log, start=position, until=until)
     return model, position
 
 
 def general_sequences(
-    data: Path, tokenizer: PreTrainedTokenizerFast, cache: Path, length: int, seed: int
+    data: Path, tokenizer: PreTrainedTokenizerFast, work: Path, length: int, seed: int
 ) -> NDArray[np.uint16]:
-    """The general training text as `[count, length]` token ids, kept in the file `cache` once made."""
+    """The general training text as `[count, length]` token ids, kept in a file under `work` once made."""
+    cache = work / f"general_{length}.npy"
     if not cache.exists():
         rows = shuffled(train_rows(data, "general"), seed)
         packed = pack_rows((row.token_ids for row in encode_rows(tokenizer.backend_tokenizer, rows)), length)
@@ -291,10 +306,10 @@ def main() -> None:
         "--minutes", type=float, default=math.inf, help="time limit in minutes (default: none)"
     )
     parser.add_argument(
-        "--micro-batch-size", type=int, default=4, help="sequences of 1024 tokens in one pass"
+        "--micro-batch-size", type=int, default=8, help="sequences of 512 tokens in one pass"
     )
     parser.add_argument("--num-micro-batches", type=int, default=1, help="passes in one optimiser step")
-    parser.add_argument("--width", type=int, default=256, help="hidden size, a multiple of 64 (default 256)")
+    parser.add_argument("--width", type=int, default=256, help="hidden size, a multiple of 128 (default 256)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument(
         "--no-compile", action="store_true", help="run eagerly even where compilation is possible"
@@ -312,13 +327,14 @@ def main() -> None:
     hardware = choose_hardware(dtype=arguments.dtype, compiled=compiled, num_threads=arguments.threads)
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     log = LossLog(arguments.work / "base.jsonl")
-    sequences = general_sequences(
-        arguments.data, tokenizer, arguments.work / "general.npy", settings.sequence_length, settings.seed
-    )
     config = base_config(
         len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, width=arguments.width
     )
-    model, position = train_growing(config, sequences, settings, hardware, arguments.work, log)
+
+    def sequences_of(length: int) -> NDArray[np.uint16]:
+        return general_sequences(arguments.data, tokenizer, arguments.work, length, settings.seed)
+
+    model, position = train_growing(config, sequences_of, settings, hardware, arguments.work, log)
     save_checkpoint(model, tokenizer, arguments.output)
 
     held_out = encode_rows(tokenizer.backend_tokenizer, eval_rows(arguments.data, "general"))
