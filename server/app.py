@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from server.auth import KeyRing
-from server.errors import install_handlers
+from server.error_handlers import install_handlers
 from server.logs import logger
 from server.middleware import GateMiddleware, RequestLogMiddleware
 from server.responses import ErrorResponse

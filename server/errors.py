@@ -15,13 +15,7 @@
 A body is ``{"error": {"message", "type", "param", "code"}}``, for errors of the framework too.
 """
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
-
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
 
 from server.engine.engine import DeadlineError, EngineStoppedError, ModelStepError, QueueFullError
 
@@ -60,6 +54,7 @@ class InvalidRequestError(ApiError):
 
     status = 400
     type = "invalid_request_error"
+    code = "invalid_value"
 
 
 class ContextLengthError(InvalidRequestError):
@@ -156,83 +151,3 @@ def from_engine(error: Exception) -> ApiError:
     if isinstance(error, ModelStepError):
         return RequestFailedError("the model failed on this request; other requests are not affected")
     return RequestFailedError("an unexpected error ended this request")
-
-
-def from_validation(error: RequestValidationError) -> InvalidRequestError:
-    """The first thing that is wrong with a body or a query, with its place as ``param``."""
-    first: Mapping[str, Any] = error.errors()[0]
-    kind = first["type"]
-    param = _place(first["loc"], ends_in_name=kind in ("extra_forbidden", "missing"))
-    if kind == "extra_forbidden":
-        return InvalidRequestError(
-            f"the parameter '{param}' is not supported", param=param, code="unsupported_parameter"
-        )
-    if kind == "missing" and param:
-        return InvalidRequestError(
-            f"the parameter '{param}' is required", param=param, code="missing_required_parameter"
-        )
-    if kind == "json_invalid":
-        return InvalidRequestError("the body is not valid JSON", code="invalid_json")
-    message = str(first["msg"]).removeprefix("Value error, ")
-    given = (
-        f"; got {first['input']!r:.100}" if isinstance(first.get("input"), (int, float, str, bool)) else ""
-    )
-    return InvalidRequestError(f"{param or 'body'}: {message}{given}", param=param, code="invalid_value")
-
-
-def _place(location: tuple[int | str, ...], *, ends_in_name: bool) -> str | None:
-    """``("body", "messages", 0, "content")`` to ``messages[0].content``.
-
-    Members of unions appear as names of types (``str``, ``TextPart``), which mean nothing to a client; the last part
-    is never one of them when ``ends_in_name``.
-    """
-    text = ""
-    parts = location[1:]
-    for place, part in enumerate(parts):
-        if isinstance(part, int):
-            text += f"[{part}]"
-        elif (ends_in_name and place == len(parts) - 1) or not _is_type_name(part):
-            text += f".{part}" if text else part
-    return text or None
-
-
-def _is_type_name(part: str) -> bool:
-    return not part.isidentifier() or part in ("str", "int", "float", "bool") or part[0].isupper()
-
-
-def install_handlers(app: FastAPI) -> None:
-    """Makes every error that leaves ``app`` an OpenAI error."""
-
-    async def api_error(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, ApiError)
-        return JSONResponse(error.body(), error.status, error.headers)
-
-    async def validation_error(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        return await api_error(request, from_validation(error))
-
-    async def http_error(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
-        kind = "invalid_request_error" if error.status_code < 500 else "server_error"
-        codes = {404: "not_found", 405: "method_not_allowed"}
-        messages = {
-            404: f"there is nothing at {request.url.path}",
-            405: f"{request.method} is not allowed at {request.url.path}",
-        }
-        message = messages.get(error.status_code, str(error.detail))
-        return JSONResponse(
-            error_body(message, kind, None, codes.get(error.status_code)),
-            error.status_code,
-            dict(error.headers or {}),
-        )
-
-    async def unexpected_error(request: Request, error: Exception) -> JSONResponse:
-        # The log has the details; a client learns nothing about the inside.
-        return JSONResponse(
-            error_body("an unexpected error occurred", "server_error", None, "internal_error"), 500
-        )
-
-    app.add_exception_handler(ApiError, api_error)
-    app.add_exception_handler(RequestValidationError, validation_error)
-    app.add_exception_handler(HTTPException, http_error)
-    app.add_exception_handler(Exception, unexpected_error)

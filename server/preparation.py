@@ -139,8 +139,9 @@ def build(
     copies = body.n or 1
     if len(prompts) * copies > settings.sequences_limit:
         raise InvalidRequestError(
-            f"{len(prompts)} prompts with n {copies} are more than {settings.sequences_limit} completions",
-            param="n",
+            f"{len(prompts)} prompts with n {copies} make {len(prompts) * copies} completions; a request may ask for "
+            f"{settings.sequences_limit}",
+            param="n" if copies > 1 else "prompt",
         )
     _check_limits(services, body)
     config = lease.fine_tune.model.config
@@ -248,12 +249,12 @@ def _sampling(
     body: CompletionRequest | ChatCompletionRequest, conditions: StopConditions, vocab_size: int, copy: int
 ) -> SamplingParams:
     bias = {int(token_id): value for token_id, value in (body.logit_bias or {}).items()}
-    outside = sorted(token_id for token_id in bias if token_id >= vocab_size)
-    if outside:
-        raise InvalidRequestError(
-            f"logit_bias names the token {outside[0]}; the vocabulary ends at {vocab_size - 1}",
-            param="logit_bias",
-        )
+    for param, token_ids in (("logit_bias", list(bias)), ("stop_token_ids", body.stop_token_ids or [])):
+        if outside := [token_id for token_id in token_ids if token_id >= vocab_size]:
+            raise InvalidRequestError(
+                f"{param} names the token {min(outside)}; the vocabulary ends at {vocab_size - 1}",
+                param=param,
+            )
     # Copies of one prompt must differ, and each must be reproducible: the seed moves on by one.
     seed = None if body.seed is None else _wrapped(body.seed + copy)
     return SamplingParams(

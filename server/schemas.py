@@ -8,6 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
+from server.validation import ParameterError
+
+Text = Annotated[str, Field(max_length=2**31 - 1)]
+"""Any text. The limit is no limit: with one, half of a surrogate pair, which JSON can spell, is refused."""
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 TokenIdText = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
@@ -90,7 +94,7 @@ class GenerationOptions(RequestModel):
     @model_validator(mode="after")
     def _check_together(self) -> "GenerationOptions":
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options may only be given when stream is true")
+            raise ParameterError("stream_options", "stream_options may only be given when stream is true")
         return self
 
 
@@ -99,7 +103,7 @@ class CompletionRequest(GenerationOptions):
 
     UNSUPPORTED: ClassVar[frozenset[str]] = frozenset({"best_of", "suffix"})
 
-    prompt: str | list[str] | TokenIds | list[TokenIds] = Field(
+    prompt: Text | list[Text] | TokenIds | list[TokenIds] = Field(
         description="text, token ids, or a list of either; every prompt gets n completions"
     )
     logprobs: int | None = Field(
@@ -110,9 +114,13 @@ class CompletionRequest(GenerationOptions):
     @model_validator(mode="after")
     def _check_prompt(self) -> "CompletionRequest":
         if isinstance(self.prompt, list) and not self.prompt:
-            raise ValueError("prompt is an empty list")
+            raise ParameterError(
+                "prompt", "prompt is an empty list; give a text, token ids, or a list of either"
+            )
         if self.echo and self.logprobs is not None:
-            raise ValueError("echo together with logprobs is not supported")
+            raise ParameterError(
+                "echo", "echo together with logprobs is not supported; leave one of them out"
+            )
         return self
 
     @property
@@ -133,7 +141,7 @@ class TextPart(RequestModel):
     """A part of a message; text is the only kind that is supported."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(RequestModel):
@@ -144,7 +152,7 @@ class ChatMessage(RequestModel):
     )
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1)]
 
     def as_template_input(self) -> dict[str, str]:
         """Plain text under a role that templates know: "developer" is OpenAI's later word for "system"."""
@@ -182,7 +190,7 @@ class ChatCompletionRequest(GenerationOptions):
     @model_validator(mode="after")
     def _check_logprobs(self) -> "ChatCompletionRequest":
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs may only be given when logprobs is true")
+            raise ParameterError("top_logprobs", "top_logprobs may only be given when logprobs is true")
         return self
 
     @property
@@ -194,7 +202,7 @@ class TokenizeRequest(RequestModel):
     """``POST /tokenize``: either ``prompt`` or ``messages``."""
 
     model: str | None = Field(None, description="any served model; all share one tokenizer")
-    prompt: str | None = None
+    prompt: Text | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
     add_special_tokens: bool | None = Field(
         None, description="default: true for a prompt, false for messages"
@@ -204,7 +212,7 @@ class TokenizeRequest(RequestModel):
     @model_validator(mode="after")
     def _check_one(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
+            raise ParameterError("prompt", "give either prompt or messages")
         return self
 
 

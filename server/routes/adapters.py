@@ -30,8 +30,8 @@ from server.adapter_schemas import (
     SubmissionBody,
     UnloadLoraRequest,
 )
-from server.errors import InvalidRequestError
 from server.services import Services, services_of
+from server.validation import from_problems
 
 router = APIRouter(tags=["adapters"], route_class=AdapterRoute)
 
@@ -208,9 +208,8 @@ def _parse(model: type[B], text: str) -> B:
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
-        first: Any = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(["request", *map(str, first["loc"])])
-        raise InvalidRequestError(f"{place}: {first['msg']}", param=place, code="invalid_value") from error
+        problems: list[Any] = error.errors(include_url=False)
+        raise from_problems(problems, root="request") from error
 
 
 def _hash(body: BaseModel, *contents: bytes) -> str:

@@ -1,5 +1,6 @@
 """Every error is OpenAI's shape and names what is wrong."""
 
+import json
 from typing import Any
 
 import httpx
@@ -61,31 +62,79 @@ def test_unsupported_chat_parameters_are_refused_unless_null(client: httpx.Clien
         ({"stop": ""}, "stop"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": [9999]}, "stop_token_ids"),
         ({"logit_bias": {"x": 1}}, "logit_bias.x"),
-        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
         ({"logit_bias": {"9999": 1}}, "logit_bias"),
         ({"logprobs": 21}, "logprobs"),
         ({"draft": "best"}, "draft"),
         ({"prompt": ""}, "prompt"),
-        ({"prompt": []}, None),
+        ({"prompt": []}, "prompt"),
         ({"prompt": [[]]}, "prompt"),
         ({"prompt": [400]}, "prompt"),
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": [1.5]}, "prompt"),
         ({"prompt": None}, "prompt"),
         ({"model": None}, "model"),
-        ({"stream_options": {"include_usage": True}}, None),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"chunks": 1}}, "stream_options.chunks"),
-        ({"echo": True, "logprobs": 1}, None),
+        ({"echo": True, "logprobs": 1}, "echo"),
     ],
 )
-def test_wrong_values_name_their_parameter(
-    client: httpx.Client, change: dict[str, Any], param: str | None
-) -> None:
+def test_wrong_values_name_their_parameter(client: httpx.Client, change: dict[str, Any], param: str) -> None:
     error = refuse(client, "/v1/completions", {**COMPLETION, **change})
     assert error["type"] == "invalid_request_error"
-    if param is not None:
-        assert (error["param"] or "").startswith(param), error
+    assert error["code"]
+    assert (error["param"] or "").startswith(param), error
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "message"),
+    [
+        ({"prompt": [1, "a"]}, "prompt[1]", "valid integer; got 'a'"),
+        ({"prompt": ["a", 1]}, "prompt[1]", "valid string; got 1"),
+        ({"prompt": [[]]}, "prompt[0]", "at least 1 item"),
+        ({"prompt": {"a": 1}}, "prompt", "a valid string or a valid list; got an object"),
+        ({"stop": ["x", ""]}, "stop[1]", "at least 1 character; got ''"),
+        ({"stop": 3}, "stop", "a valid string or a valid list; got 3"),
+        ({"n": 65}, "n", "1 prompts with n 65 make 65 completions; a request may ask for 64"),
+        ({"prompt": ["x"] * 65}, "prompt", "make 65 completions"),
+        ({"temperature": 3}, "temperature", "less than or equal to 2; got 3"),
+    ],
+)
+def test_where_several_forms_are_possible_the_closest_is_explained(
+    client: httpx.Client, change: dict[str, Any], param: str, message: str
+) -> None:
+    error = refuse(client, "/v1/completions", {**COMPLETION, **change})
+    assert error["param"] == param
+    assert message in error["message"]
+
+
+HALF_A_PAIR = "\ud800"
+
+
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        ("/v1/completions", {"prompt": HALF_A_PAIR}),
+        ("/v1/completions", {"prompt": ["x", HALF_A_PAIR]}),
+        ("/v1/completions", {"stop": HALF_A_PAIR}),
+        ("/v1/completions", {"model": HALF_A_PAIR}),
+        ("/v1/completions", {HALF_A_PAIR: 1}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": HALF_A_PAIR}]}),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF_A_PAIR}]}]},
+        ),
+        ("/tokenize", {"prompt": HALF_A_PAIR}),
+    ],
+)
+def test_text_that_is_no_unicode(client: httpx.Client, path: str, change: dict[str, Any]) -> None:
+    """JSON can spell half of a surrogate pair; no tokenizer can read it."""
+    usual = {"/v1/completions": COMPLETION, "/v1/chat/completions": CHAT}.get(path, {})
+    body = json.dumps({**usual, **change})
+    response = client.post(path, content=body, headers={"content-type": "application/json"})
+    assert "unicode string" in error_of(response, 400)["message"]
 
 
 @pytest.mark.parametrize(
@@ -104,6 +153,13 @@ def test_wrong_chats(client: httpx.Client, change: dict[str, Any]) -> None:
     refuse(client, "/v1/chat/completions", {**CHAT, **change})
 
 
+def test_a_part_that_is_no_text_is_named(client: httpx.Client) -> None:
+    parts = [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "x"}}]
+    error = refuse(client, "/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": parts}]})
+    assert error["param"] == "messages[0].content[1].type"
+    assert "'text'; got 'image_url'" in error["message"]
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b'{"model": NaN}', b"[" * 5000])
 def test_bodies_that_are_no_object(client: httpx.Client, content: bytes) -> None:
     response = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
@@ -111,7 +167,9 @@ def test_bodies_that_are_no_object(client: httpx.Client, content: bytes) -> None
 
 
 def test_a_body_of_another_kind(client: httpx.Client) -> None:
-    error_of(client.post("/v1/completions", data={"model": "base"}), 400)
+    """What curl sends without ``-H``."""
+    error = error_of(client.post("/v1/completions", data={"model": "base"}), 400)
+    assert "Content-Type: application/json" in error["message"]
 
 
 def test_large_bodies(client: httpx.Client) -> None:
