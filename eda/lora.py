@@ -131,9 +131,12 @@ def add_low_rank(output: Tensor, given: Tensor, segment: LoraSegment, update: Lo
     rows = slice(segment.start, segment.end)
     inner = given[rows] @ update.a.T
     for block in update.blocks:
-        output[rows, block.out_start : block.out_end].addmm_(
-            inner[:, block.rank_start : block.rank_end], block.b.T
-        )
+        part = output[rows, block.out_start : block.out_end]
+        ranks = inner[:, block.rank_start : block.rank_end]
+        if part.dtype == ranks.dtype:
+            part.addmm_(ranks, block.b.T)
+        else:  # logits may be float32 beside bfloat16 weights
+            part += ranks @ block.b.T
 
 
 def _refuse_other_kinds(raw: Mapping[str, Any], path: Path) -> None:

@@ -22,6 +22,7 @@ from eda.checkpoint import (
 from eda.config import ModelConfig
 from eda.errors import MismatchError
 from eda.fingerprint import fingerprint_directory
+from eda.kernels.target import TargetKernel, supports
 from eda.kv_cache import KVCache
 from eda.layers import DecoderLayer, RMSNorm
 from eda.linear import packed_linear, packed_weight
@@ -75,6 +76,7 @@ class TargetModel(nn.Module):
         )
         self.rotary = RotaryEmbedding(config.rope, config.head_dim)
         self._packed_head: Tensor | None = None
+        self._kernel: TargetKernel | None = None
         self._tap_layers = default_tap_layers(config.num_layers)
         self.requires_grad_(False)
 
@@ -114,8 +116,12 @@ class TargetModel(nn.Module):
 
     def _pack(self) -> None:
         """Lays weights out for the CPU's kernels. The head keeps its plain rows, which drafts read, beside it."""
-        for layer in self.layers:
-            assert isinstance(layer, DecoderLayer)
+        layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+        if supports(self.config, self.dtype, self.device):
+            self._kernel = TargetKernel(self.config, layers, self.norm.weight, self.head)
+            self.layers = nn.ModuleList()  # the kernel holds all that they held
+            return
+        for layer in layers:
             for linear in layer.fused_projections().values():
                 linear.pack()
         self._packed_head = packed_weight(self.head)
@@ -202,6 +208,10 @@ class TargetModel(nn.Module):
         """
         hidden = self.embed(token_ids, lora_segments)
         longest = max(row.kv_len for row in batch.rows)
+        if self._kernel is not None:
+            cos, sin = self.rotary(batch.positions, batch.rope_lengths, torch.float32)
+            taps = self._tap_layers if with_features else None
+            return TargetOutput(*self._kernel.run(hidden, batch, cos, sin, cache, lora_segments, taps))
         self.rotary.reserve(longest, dtype=hidden.dtype, device=hidden.device)
         cos, sin = self.rotary(batch.positions, batch.rope_lengths, hidden.dtype)
         # A window that no row outgrows hides nothing, so its layers share the masks of full attention.
@@ -220,14 +230,16 @@ class TargetModel(nn.Module):
 
         ``lora_segments`` count these ``N`` rows, not the tokens of the pass.
         """
-        if self._packed_head is None:
+        if self._kernel is not None:
+            logits = self._kernel.logits(hidden)
+        elif self._packed_head is None:
             logits = functional.linear(hidden, self.head)
         else:
             logits = packed_linear(hidden, self._packed_head, self.config.vocab_size)
         for segment in lora_segments:
             rows, adapter = slice(segment.start, segment.end), segment.adapter
             if adapter.head_weight is not None:
-                logits[rows] = functional.linear(hidden[rows], adapter.head_weight)
+                logits[rows] = functional.linear(hidden[rows], adapter.head_weight).to(logits.dtype)
             add_low_rank(logits, hidden, segment, adapter.head)
         return logits.float()
 

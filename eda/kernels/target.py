@@ -1,0 +1,184 @@
+"""A target's layers and output head on the C++ passes."""
+
+import ctypes
+import math
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from eda.attention import PackedBatch
+from eda.config import ModelConfig
+from eda.kernels.library import Layer, LoraLayer, Shape, kernels
+from eda.kernels.tokens import SegmentWeights, TokenArrays, as_pointer, num_threads
+from eda.kernels.weights import (
+    BLOCK,
+    PackedLowRank,
+    PackedWeight,
+    float_vector,
+    packed_gate_up,
+    padded_intermediate,
+)
+from eda.kv_cache import KVCache
+from eda.layers import DecoderLayer
+from eda.lora import LoraAdapter, LoraSegment, LowRank
+
+_HEAD_SIZES = (32, 64, 128)
+
+
+def supports(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether ``TargetKernel`` can run a model of this kind here."""
+    return (
+        device.type == "cpu"
+        and dtype == torch.bfloat16
+        and config.head_dim in _HEAD_SIZES
+        and config.hidden_size % 16 == 0
+        and not config.mlp_bias
+        and all(window is None or window >= config.max_position_embeddings for window in config.layer_windows)
+        and kernels() is not None
+    )
+
+
+class TargetKernel:
+    """Takes over the layers of one target; their own weights may be dropped afterwards."""
+
+    def __init__(self, config: ModelConfig, layers: Sequence[DecoderLayer], norm: Tensor, head: Tensor) -> None:
+        library = kernels()
+        assert library is not None
+        self._library = library
+        self._config = config
+        self._kept: list[PackedWeight | Tensor] = []
+        self._layers = (Layer * config.num_layers)(*(self._layer(layer) for layer in layers))
+        self._norm = float_vector(norm)
+        self._head = PackedWeight(head)
+        self._shape = Shape(
+            config.hidden_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            config.hidden_size,
+            padded_intermediate(config.intermediate_size),
+            config.rms_norm_eps,
+            1.0 / math.sqrt(config.head_dim),
+        )
+        self._loras: WeakKeyDictionary[LoraAdapter, _PackedLora] = WeakKeyDictionary()
+
+    def _layer(self, layer: DecoderLayer) -> Layer:
+        projections = layer.fused_projections()
+        attention = layer.attention
+        weights = [
+            PackedWeight(projections["qkv"].weight),
+            PackedWeight(projections["output"].weight),
+            packed_gate_up(projections["gate_up"].weight, self._config.intermediate_size),
+            PackedWeight(projections["down"].weight),
+        ]
+        hidden_padded = -(-self._config.hidden_size // BLOCK) * BLOCK
+        vectors: list[Tensor | None] = [
+            float_vector(layer.attention_norm.weight),
+            float_vector(layer.feed_forward_norm.weight),
+            None if projections["qkv"].bias is None else float_vector(projections["qkv"].bias, weights[0].struct.n),
+            None if projections["output"].bias is None else float_vector(projections["output"].bias, hidden_padded),
+            None if attention.q_norm is None else float_vector(attention.q_norm.weight),
+            None if attention.k_norm is None else float_vector(attention.k_norm.weight),
+        ]
+        self._kept += weights
+        self._kept += [vector for vector in vectors if vector is not None]
+        pointers = [0 if vector is None else vector.data_ptr() for vector in vectors]
+        return Layer(*(weight.struct for weight in weights), *pointers)
+
+    def run(
+        self,
+        embedded: Tensor,
+        batch: PackedBatch,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache,
+        lora_segments: Sequence[LoraSegment],
+        tap_layers: tuple[int, int, int] | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """All layers over ``embedded [T, H]``; ``cos`` and ``sin`` float32 ``[T, head_dim]``.
+
+        Returns the hidden states after the final norm ``[T, H]``, and with ``tap_layers`` the features ``[T, 3H]``.
+        """
+        special = [
+            SegmentWeights(segment.start, segment.end, lora=self._lora(segment.adapter).pointer)
+            for segment in sorted(lora_segments, key=lambda segment: segment.start)
+        ]
+        tokens = TokenArrays(batch, cos, sin, cache, special)
+        embedded = embedded.contiguous()
+        hidden = torch.empty_like(embedded)
+        features = None if tap_layers is None else embedded.new_empty(embedded.shape[0], 3 * embedded.shape[1])
+        self._library.eda_run_target(
+            num_threads(),
+            ctypes.byref(self._shape),
+            self._layers,
+            self._config.num_layers,
+            as_pointer(self._norm),
+            ctypes.byref(tokens.struct),
+            as_pointer(embedded),
+            as_pointer(hidden),
+            None if features is None else as_pointer(features),
+            (ctypes.c_int32 * 3)(*(tap_layers or (0, 0, 0))),
+        )
+        return hidden, features
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 ``[N, vocab_size]`` of ``hidden [N, H]``."""
+        return run_head(self._head, hidden, self._config.vocab_size)
+
+    def _lora(self, adapter: LoraAdapter) -> "_PackedLora":
+        found = self._loras.get(adapter)
+        if found is None:
+            found = self._loras[adapter] = _PackedLora(adapter, self._config)
+        return found
+
+
+def run_head(head: PackedWeight, hidden: Tensor, num_outputs: int) -> Tensor:
+    """Float32 ``[N, num_outputs]``: ``hidden [N, in]`` times a packed weight."""
+    library = kernels()
+    assert library is not None
+    hidden = hidden.contiguous()
+    logits = torch.empty(hidden.shape[0], num_outputs)
+    library.eda_run_head(
+        num_threads(),
+        ctypes.byref(head.struct),
+        as_pointer(hidden),
+        hidden.shape[0],
+        hidden.shape[1],
+        num_outputs,
+        as_pointer(logits),
+    )
+    return logits
+
+
+class _PackedLora:
+    """All layers' updates of one LoRA."""
+
+    def __init__(self, adapter: LoraAdapter, config: ModelConfig) -> None:
+        self._kept: list[PackedLowRank] = []
+        qkv_size = config.query_size + 2 * config.kv_size
+        self._layers = (LoraLayer * config.num_layers)()
+        for place, layer in zip(self._layers, adapter.layers, strict=True):
+            for name, size in (
+                ("qkv", qkv_size),
+                ("output", config.hidden_size),
+                ("gate_up", 2 * config.intermediate_size),
+                ("down", config.hidden_size),
+            ):
+                update: LowRank | None = getattr(layer, name)
+                if update is not None:
+                    packed = _packed_low_rank(update, size, config if name == "gate_up" else None)
+                    self._kept.append(packed)
+                    setattr(place, name, packed.struct)
+        self.pointer = ctypes.addressof(self._layers)
+
+
+def _packed_low_rank(update: LowRank, num_outputs: int, gated: ModelConfig | None) -> PackedLowRank:
+    """Ranks are padded to whole vectors, since the second product reads all of what the first one writes."""
+    rank = -(-update.a.shape[0] // 16) * 16
+    b = torch.zeros(num_outputs, rank, dtype=update.a.dtype)
+    for block in update.blocks:
+        b[block.out_start : block.out_end, block.rank_start : block.rank_end] = block.b
+    packed = PackedWeight(b) if gated is None else packed_gate_up(b, gated.intermediate_size)
+    return PackedLowRank(update.a, packed)
