@@ -3,6 +3,7 @@
 A rename is atomic, but only what was synced before it is durable: contents first, then the rename, then the directory.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -119,3 +120,14 @@ def require_free_space(directory: Path, num_bytes: int, *, reserve: int = 0, pur
             f"{purpose} needs about {num_bytes / MIB:.1f} MiB and {reserve / MIB:.0f} MiB are kept free; "
             f"the disk of the data directory has {free / MIB:.1f} MiB left"
         )
+
+
+@contextmanager
+def telling_full_disk(what: str) -> Iterator[None]:
+    """Turns the system's "no space left" while ``what`` is written into ``StorageFullError``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StorageFullError(f"{what} cannot be written: {error.strerror}") from error

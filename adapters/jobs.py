@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sqlalchemy import Connection, RowMapping, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
 
 from adapters.database import Database, adapters, events, jobs
 from adapters.errors import ConflictError, QueueFullError, UnknownJobError
@@ -125,29 +126,37 @@ class JobQueue:
         idempotency_key: str | None = None,
         request_hash: str = "",
     ) -> None:
-        """Queues ``spec`` inside the caller's transaction. Raises ``QueueFullError``."""
+        """Queues ``spec`` inside the caller's transaction.
+
+        Raises ``QueueFullError``, or ``ConflictError`` when another request with the same key came first.
+        """
         self.require_room(connection)
         now = time.time()
-        connection.execute(
-            insert(jobs).values(
-                id=spec.job_id,
-                adapter=spec.adapter,
-                adapter_uid=spec.adapter_uid,
-                state="queued",
-                progress=0.0,
-                message="waiting for the worker",
-                spec=spec.to_json(),
-                attempts=0,
-                stalled_attempts=0,
-                max_attempts=self.max_attempts,
-                idempotency_key=idempotency_key,
-                request_hash=request_hash,
-                cancel_requested=False,
-                not_before=now,
-                created_at=now,
-                updated_at=now,
-            )
-        )
+        values = {
+            "id": spec.job_id,
+            "adapter": spec.adapter,
+            "adapter_uid": spec.adapter_uid,
+            "state": "queued",
+            "progress": 0.0,
+            "message": "waiting for the worker",
+            "spec": spec.to_json(),
+            "attempts": 0,
+            "stalled_attempts": 0,
+            "max_attempts": self.max_attempts,
+            "idempotency_key": idempotency_key,
+            "request_hash": request_hash,
+            "cancel_requested": False,
+            "not_before": now,
+            "created_at": now,
+            "updated_at": now,
+        }
+        try:
+            with connection.begin_nested():
+                connection.execute(insert(jobs).values(**values))
+        except IntegrityError as error:
+            raise ConflictError(
+                f"the idempotency key {(idempotency_key or '')[:80]!r} was used for another request; use a new one"
+            ) from error
         add_event(connection, "queued", {"adapter": spec.adapter}, job_id=spec.job_id)
 
     def require_room(self, connection: Connection) -> None:

@@ -1,9 +1,11 @@
 """What the server offers about adapters, without HTTP: create, adapt, describe, activate, change, delete."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from sqlalchemy import Connection
 
 from adapters.catalog import LIMIT_FIELDS, MAX_DESCRIPTION_LENGTH, Catalog, CatalogEntry, new_entry
 from adapters.database import Database
@@ -15,7 +17,7 @@ from adapters.errors import (
     UnknownModelError,
     UnknownVersionError,
 )
-from adapters.files import MIB
+from adapters.files import MIB, telling_full_disk
 from adapters.guard import LiveAcceptance
 from adapters.jobs import Job, JobQueue, new_job_id
 from adapters.manifest import Manifest
@@ -149,24 +151,17 @@ class AdapterService:
         self.catalog.require_free_name(name)
         self._require_room_in_queue()
         entry, fine_tune = self._load_new(name, target, description)
-        job_id = new_job_id()
-        try:
-            spec = self._spec(entry, job_id, data, options)
-            with self.database.write() as connection:
-                self.catalog.insert_in(connection, entry)
-                self.queue.insert(
-                    connection, spec, idempotency_key=idempotency_key, request_hash=request_hash
-                )
-        except ConflictError:
-            self.workspaces.remove(job_id)
-            if (earlier := self._repeated(idempotency_key, request_hash)) is not None:
-                return earlier
-            raise
-        except BaseException:
-            self.workspaces.remove(job_id)
-            raise
-        self.registry.register(entry, fine_tune)
-        return Submission(entry, self.queue.get(job_id))
+        submission = self._submit(
+            entry,
+            data,
+            options,
+            lambda connection: self.catalog.insert_in(connection, entry),
+            idempotency_key,
+            request_hash,
+        )
+        if submission.entry is entry:
+            self.registry.register(entry, fine_tune)
+        return submission
 
     def adapt(
         self,
@@ -182,18 +177,14 @@ class AdapterService:
             return earlier
         entry = self.catalog.get(name)
         self._require_room_in_queue()
-        job_id = new_job_id()
-        try:
-            spec = self._spec(entry, job_id, data, options)
-            with self.database.write() as connection:
-                self.catalog.get_in(connection, name)  # it may have been deleted meanwhile
-                self.queue.insert(
-                    connection, spec, idempotency_key=idempotency_key, request_hash=request_hash
-                )
-        except BaseException:
-            self.workspaces.remove(job_id)
-            raise
-        return Submission(entry, self.queue.get(job_id))
+        return self._submit(
+            entry,
+            data,
+            options,
+            lambda connection: self.catalog.get_in(connection, name),  # it may have been deleted meanwhile
+            idempotency_key,
+            request_hash,
+        )
 
     def serve(self, name: str, target: TargetSource) -> CatalogEntry:
         """Serves a fine-tune with the shared draft alone, without a job. Raises like ``create``."""
@@ -287,6 +278,37 @@ class AdapterService:
             name, "posted", kind, str(directory), fine_tune.fingerprint, description=description
         )
         return entry, fine_tune
+
+    def _submit(
+        self,
+        entry: CatalogEntry,
+        data: DataSource,
+        options: AdaptationOptions,
+        enter: Callable[[Connection], object],
+        idempotency_key: str | None,
+        request_hash: str,
+    ) -> Submission:
+        """Prepares a job's data and queues it in one transaction with ``enter``.
+
+        Of two requests with one key that come at the same time, the second gets what the first one made.
+        """
+        job_id = new_job_id()
+        try:
+            with telling_full_disk("the job's prompts"):
+                spec = self._spec(entry, job_id, data, options)
+            with self.database.write() as connection:
+                enter(connection)
+                self.queue.insert(
+                    connection, spec, idempotency_key=idempotency_key, request_hash=request_hash
+                )
+        except BaseException as error:
+            self.workspaces.remove(job_id)
+            if isinstance(error, ConflictError):
+                earlier = self._repeated(idempotency_key, request_hash)
+                if earlier is not None:
+                    return earlier
+            raise
+        return Submission(entry, self.queue.get(job_id))
 
     def _spec(
         self, entry: CatalogEntry, job_id: str, data: DataSource, options: AdaptationOptions

@@ -18,6 +18,10 @@ DEFAULT_MARGIN = 0.02
 """Share by which held-out acceptance length must beat what is active before ``if_better`` activates."""
 
 
+DRAFT_ROOM = 32
+"""Positions of the model that answering prompts leaves free for draft tokens."""
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingOptions:
     """How the private module is trained; ``None`` leaves a choice to ``eda.training``'s own default.

@@ -11,7 +11,7 @@ import torch
 from adapters.errors import JobInterruptedError
 from adapters.pipeline import StageContext
 from adapters.recorded import RecordedPrompts
-from adapters.spec import AdaptationSpec
+from adapters.spec import DRAFT_ROOM, AdaptationSpec
 from adapters.workspaces import PROMPTS_FILE, SAMPLES_FILE
 from eda.draft import DraftModel
 from eda.errors import DataError, MismatchError
@@ -93,7 +93,7 @@ class StageJob:
         options, model = context.spec.training, models.fine_tune.model
         config = RegenerationConfig(seed=options.seed)
         max_tokens = options.max_tokens or config.max_tokens
-        room = model.config.max_position_embeddings - max_tokens - 32  # 32: for draft tokens
+        room = model.config.max_position_embeddings - max_tokens - DRAFT_ROOM
         if room < 1:
             raise DataError(
                 f"training.max_tokens is {max_tokens}; the model's {model.config.max_position_embeddings} positions "
@@ -101,7 +101,7 @@ class StageJob:
             )
         prompt_tokens = min(defaults.max_prompt_tokens, room)
         per_slot = SpeculativeDecoder.bytes_per_slot(models.base, models.draft)
-        fitting = defaults.cache_bytes // (per_slot * (max_tokens + prompt_tokens + 32))
+        fitting = defaults.cache_bytes // (per_slot * (max_tokens + prompt_tokens + DRAFT_ROOM))
         self.regeneration = replace(
             config,
             max_tokens=max_tokens,

@@ -12,7 +12,7 @@ import psutil
 from adapters.errors import CorruptVersionError, InvalidInputError, StorageFullError, TooLargeError
 from adapters.files import MIB, require_free_space, sync_tree
 from adapters.names import AllowedRoots, check_hub_id
-from adapters.spec import DEFAULT_MARGIN, Activation, DataSpec, TargetKind, TrainingOptions
+from adapters.spec import DEFAULT_MARGIN, DRAFT_ROOM, Activation, DataSpec, TargetKind, TrainingOptions
 from adapters.tensors import read_header, refuse_unsafe_files
 from adapters.traffic import TrafficRecorder
 from adapters.workspaces import PROMPTS_FILE, SAMPLES_FILE
@@ -22,12 +22,22 @@ from eda.training.files import hash_of_file
 from eda.training.prompts import Prompt, read_prompts
 from eda.training.selection import SCORES
 
+MIN_PROMPTS = 2
+"""One to learn from and one to measure with."""
 MAX_SELF_PROMPTS = 100_000
 _BYTES_PER_TOKEN = 12
 """Of a token id in a sample file, generously."""
 _DEFAULT_MAX_TOKENS = 512
 _TRAINING_BYTES = 64 * MIB
 """Room for checkpoints and the module itself."""
+_FIELDS = {
+    "prompts": "prompts",
+    "path": "path",
+    "upload": "file",
+    "self_prompts": "self",
+    "min_traffic": "traffic",
+}
+"""What requests call the fields of ``DataSource``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +68,16 @@ class DataSource:
     min_traffic: int | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name in self.__dataclass_fields__ if getattr(self, name) is not None]
+        given = [field for name, field in _FIELDS.items() if getattr(self, name) is not None]
         if len(given) != 1:
             raise InvalidInputError(
                 f"data gives {len(given)} sources ({', '.join(given) or 'none'}); "
-                "give exactly one of prompts, path, file, self and traffic",
+                f"give exactly one of {', '.join(_FIELDS.values())}",
                 param="data",
             )
-        if self.self_prompts is not None and not 1 <= self.self_prompts <= MAX_SELF_PROMPTS:
+        if self.self_prompts is not None and not MIN_PROMPTS <= self.self_prompts <= MAX_SELF_PROMPTS:
             raise InvalidInputError(
-                f"data.self is {self.self_prompts}; it must be from 1 to {MAX_SELF_PROMPTS}",
+                f"data.self is {self.self_prompts}; it must be from {MIN_PROMPTS} to {MAX_SELF_PROMPTS}",
                 param="data.self",
             )
 
@@ -93,10 +103,16 @@ class AdaptationOptions:
 
 @dataclass(frozen=True, slots=True)
 class DataLimits:
-    """``max_bytes`` bounds a prompt file, ``reserve_bytes`` of the disk stay free whatever is asked for."""
+    """
+    Attributes:
+        max_bytes: of a prompt file.
+        reserve_bytes: of the disk that stay free whatever is asked for.
+        max_model_len: tokens that a prompt and its answer may have together; 0 when it is not known.
+    """
 
     max_bytes: int = 256 * MIB
     reserve_bytes: int = 256 * MIB
+    max_model_len: int = 0
 
 
 def locate_fine_tune(
@@ -150,12 +166,14 @@ def prepare_data(
 
     Raises ``InvalidInputError`` (the message names the line), ``TooLargeError`` or ``StorageFullError``.
     """
+    _check_answers(options, limits)
     workspace.mkdir(parents=True)
     if source.self_prompts is not None:
+        _check_split(source.self_prompts, options, "data.self")
         _require_room(workspace, source.self_prompts, 0, options, limits)
         return DataSpec("self", source.self_prompts)
     if source.min_traffic is not None:
-        return _prepare_traffic(source.min_traffic, workspace, model, traffic)
+        return _prepare_traffic(source.min_traffic, workspace, model, options, traffic)
     destination = workspace / PROMPTS_FILE
     param = _write_prompts(source, destination, roots, limits)
     try:
@@ -164,26 +182,49 @@ def prepare_data(
         raise InvalidInputError(str(error).replace(str(destination), param), param=param) from error
     _refuse_broken_text(prompts, param)
     count = len(prompts)
-    held_out = options.held_out
-    if held_out is not None and held_out >= count:
-        raise InvalidInputError(
-            f"training.held_out is {held_out} and {param} has {count} prompts; some must be left to train on",
-            param="training.held_out",
-        )
+    _check_split(count, options, param)
     _require_room(workspace, count, destination.stat().st_size, options, limits)
     sync_tree(workspace)
     return DataSpec("prompts", count, hash_of_file(destination))
 
 
-def _prepare_traffic(minimum: int, workspace: Path, model: str, traffic: TrafficRecorder) -> DataSpec:
-    destination = workspace / SAMPLES_FILE
-    count = traffic.copy_to(model, destination)
-    if count < max(minimum, 2):
+def _check_answers(options: TrainingOptions, limits: DataLimits) -> None:
+    """The room that answers leave for prompts; a job would find out only when it has loaded the models."""
+    longest = limits.max_model_len - DRAFT_ROOM - 1
+    if limits.max_model_len and (options.max_tokens or 0) > longest:
         raise InvalidInputError(
-            f"data.traffic asks for {max(minimum, 2)} recorded requests of {model!r}; there are {count}. "
+            f"training.max_tokens is {options.max_tokens}; it must be at most {longest}, since the model's "
+            f"{limits.max_model_len} positions hold prompts and drafts too",
+            param="training.max_tokens",
+        )
+
+
+def _check_split(count: int, options: TrainingOptions, param: str) -> None:
+    if count < MIN_PROMPTS:
+        raise InvalidInputError(
+            f"{param} has {count} prompt; at least {MIN_PROMPTS} are needed, one to learn from and one to measure with",
+            param=param,
+        )
+    held_out = options.held_out
+    if held_out is not None and held_out >= count:
+        raise InvalidInputError(
+            f"training.held_out is {held_out} and {param} gives {count} prompts; some must be left to train on",
+            param="training.held_out",
+        )
+
+
+def _prepare_traffic(
+    minimum: int, workspace: Path, model: str, options: TrainingOptions, traffic: TrafficRecorder
+) -> DataSpec:
+    destination, minimum = workspace / SAMPLES_FILE, max(minimum, MIN_PROMPTS)
+    count = traffic.copy_to(model, destination)
+    if count < minimum:
+        raise InvalidInputError(
+            f"data.traffic asks for {minimum} recorded requests of {model!r}; there are {count}. "
             f'Recording is turned on by PATCH /adapters/{model} {{"record_traffic": true}}',
             param="data.traffic",
         )
+    _check_split(count, options, "data.traffic")
     sync_tree(workspace)
     return DataSpec("traffic", count, hash_of_file(destination))
 

@@ -9,6 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 
 from adapters.claims import DEFAULT_LEASE_SECONDS, Claim, Outcome, take_job
 from adapters.database import Database
@@ -55,10 +56,22 @@ class Worker:
         self._memory_limit_mib = memory_limit_mib
         self._identity = identity()
         self._stopping = threading.Event()
+        self._claim: Claim | None = None
 
     def stop(self) -> None:
         """Asks the worker to save what it has, give its job back and return; safe in a signal handler."""
         self._stopping.set()
+
+    def abandon(self) -> None:
+        """Gives the job back in the middle of whatever is being done to it; the process must end right after.
+
+        For a worker that cannot stop in time (models that load for minutes look at nothing): the job goes on after
+        its last finished stage as after a death, but it costs no attempt.
+        """
+        claim = self._claim
+        if claim is not None:
+            with suppress(ClaimLostError):
+                claim.release()
 
     def run(self, *, one_job: bool = False) -> None:
         """Works until ``stop`` or, with ``one_job``, until the first job has ended."""
@@ -83,11 +96,14 @@ class Worker:
             claim, self._stopping, self._lease_seconds, self._poll_seconds, self._memory_limit_mib
         )
         reporter = _Reporter(claim)
+        self._claim = claim
         try:
             with watch:
                 self._run(claim, reporter, watch)
         except ClaimLostError as error:
             logger.warning("%s", error)
+        finally:
+            self._claim = None
         return True
 
     def _run(self, claim: Claim, reporter: "_Reporter", watch: "_ClaimWatch") -> None:

@@ -26,7 +26,8 @@ from adapters.workspaces import Workspaces
 
 SETTINGS_VARIABLE = "EDA_WORKER_SETTINGS"
 DATABASE_FILE = "eda.sqlite3"
-_GRACE_SECONDS = 20.0
+_GRACE_SECONDS = 6.0
+"""Less than a supervisor waits before it kills."""
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ class WorkerSettings:
 def run_worker(settings: WorkerSettings, make_stages: StagesFactory | None = None) -> None:
     """Works in this process until SIGTERM, SIGINT or, when ``supervised``, the end of standard input.
 
-    A stop lets the current stage save what it has and gives the job back. One that takes longer than 20 s is cut off,
+    A stop lets the current stage save what it has and gives the job back. One that takes longer than 6 s is cut off,
     which loses no finished work either.
     """
     run_gently(settings.niceness)
@@ -108,7 +109,7 @@ def run_worker(settings: WorkerSettings, make_stages: StagesFactory | None = Non
 
     def stop(*_: object) -> None:
         worker.stop()
-        cut_off = threading.Timer(_GRACE_SECONDS, os._exit, args=(1,))
+        cut_off = threading.Timer(_GRACE_SECONDS, _cut_off, args=(worker,))
         cut_off.daemon = True
         cut_off.start()
 
@@ -121,6 +122,13 @@ def run_worker(settings: WorkerSettings, make_stages: StagesFactory | None = Non
         worker.run(one_job=settings.supervised)
     finally:
         database.close()
+
+
+def _cut_off(worker: Worker) -> None:
+    try:
+        worker.abandon()
+    finally:
+        os._exit(1)
 
 
 def _stop_at_end_of_input(stop: Callable[[], None]) -> None:

@@ -26,6 +26,8 @@ def make_adapter_service(
 ) -> AdapterService:
     """Everything behind the administrative routes, over ``settings.data_dir``."""
     data_dir = settings.data_dir
+    # A worker answers prompts with the model's own limit, not with the one that requests have.
+    model_limit = loader.base.model.config.max_position_embeddings
     database = Database(database_url(settings) or sqlite_url(data_dir / DATABASE_FILE))
     registry = AdapterRegistry(
         loader,
@@ -44,7 +46,9 @@ def make_adapter_service(
         ServiceSettings(
             AllowedRoots([data_dir, settings.models_dir, *settings.adapter_roots]),
             allow_hub=settings.allow_hub,
-            data_limits=DataLimits(settings.max_prompt_file_mib * MIB, settings.reserve_disk_mib * MIB),
+            data_limits=DataLimits(
+                settings.max_prompt_file_mib * MIB, settings.reserve_disk_mib * MIB, model_limit
+            ),
         ),
     )
 

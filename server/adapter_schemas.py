@@ -8,7 +8,7 @@ from adapters.guard import LiveAcceptance
 from adapters.jobs import Job, JobEvent
 from adapters.service import AdapterState, VersionState
 from adapters.spec import DEFAULT_MARGIN, TrainingOptions
-from adapters.submission import MAX_SELF_PROMPTS, AdaptationOptions, DataSource, TargetSource
+from adapters.submission import MAX_SELF_PROMPTS, MIN_PROMPTS, AdaptationOptions, DataSource, TargetSource
 from server.schemas import RequestModel
 
 Name = Annotated[str, Field(min_length=1, max_length=64, description="letters, digits and . _ -")]
@@ -33,7 +33,9 @@ class TargetBody(RequestModel):
 
 
 class TrafficBody(RequestModel):
-    min_requests: int = Field(32, ge=2, le=10_000_000, description="recorded requests that must be there")
+    min_requests: int = Field(
+        32, ge=MIN_PROMPTS, le=10_000_000, description="recorded requests that must be there"
+    )
 
 
 class DataBody(RequestModel):
@@ -46,7 +48,7 @@ class DataBody(RequestModel):
     self_prompts: int | None = Field(
         None,
         alias="self",
-        ge=1,
+        ge=MIN_PROMPTS,
         le=MAX_SELF_PROMPTS,
         description="prompts that the fine-tune writes for itself",
     )

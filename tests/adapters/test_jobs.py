@@ -17,6 +17,7 @@ from adapters.errors import (
     QueueFullError,
     UnknownJobError,
 )
+from adapters.pipeline import Result, StageContext
 from adapters.process import identity
 from adapters.spec import STAGES
 from tests.adapters.fake_stages import FakeStages
@@ -206,6 +207,37 @@ def test_a_stopped_worker_gives_its_job_back_without_losing_an_attempt(setup: Se
         worker._make_stages = stop_soon
         worker.run_one()
         assert setup.queue.get(job.id).state == "queued"
+    setup.worker().run_one()
+    assert setup.queue.get(job.id).state == "succeeded"
+
+
+def test_a_worker_that_cannot_stop_in_time_gives_its_job_back_too(setup: Service) -> None:
+    """Models that load for minutes look at no flag; stopping the server then must not use up the attempts."""
+    job = setup.submit("math")
+    loading, ended = threading.Event(), threading.Event()
+
+    class Loading(FakeStages):
+        def triage(self, context: StageContext) -> Result:
+            loading.set()
+            ended.wait(20)  # until the "process" has ended
+            return super().triage(context)
+
+    for _ in range(4):
+        worker = setup.worker(lambda claim: Loading(setup.store, claim, steps=1, step_seconds=0))
+        loading.clear()
+        ended.clear()
+        thread = threading.Thread(target=worker.run_one)
+        thread.start()
+        assert loading.wait(20)
+        worker.stop()
+        worker.abandon()
+        row = setup.queue.get(job.id)
+        assert (row.state, row.stalled_attempts) == ("queued", 0)
+        ended.set()
+        thread.join(20)
+        assert setup.queue.get(job.id).state == "queued"
+    assert setup.event_types(job.id).count("interrupted") == 4
+    worker.abandon()  # without a job: nothing happens
     setup.worker().run_one()
     assert setup.queue.get(job.id).state == "succeeded"
 

@@ -1,9 +1,13 @@
 """Submissions below HTTP, and a server process that is killed while it changes things."""
 
+import errno
 import random
 import shutil
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -12,13 +16,20 @@ import torch
 
 from adapters.catalog import Catalog
 from adapters.database import Database, sqlite_url
-from adapters.errors import ConflictError, InvalidInputError, TooLargeError, UnknownModelError
+from adapters.errors import (
+    ConflictError,
+    InvalidInputError,
+    StorageFullError,
+    TooLargeError,
+    UnknownModelError,
+)
 from adapters.guard import Guard, GuardSettings
-from adapters.jobs import JobQueue
+from adapters.jobs import Job, JobQueue
 from adapters.loading import ModelLoader
 from adapters.names import AllowedRoots
 from adapters.registry import AdapterRegistry
 from adapters.service import AdapterService, ServiceSettings
+from adapters.spec import TrainingOptions
 from adapters.store import AdapterStore
 from adapters.submission import AdaptationOptions, DataLimits, DataSource, TargetSource
 from adapters.traffic import TrafficRecorder
@@ -131,11 +142,98 @@ def test_bad_data_names_its_line(service: AdapterService, family: Family, lines:
 def test_data_beyond_its_limits(service: AdapterService, family: Family) -> None:
     with pytest.raises(TooLargeError, match="file has"):
         service.create("big", source(family), DataSource(upload=b"x" * 2000), AdaptationOptions())
-    for bad in ({}, {"self_prompts": 1, "path": "x"}, {"self_prompts": 0}):
-        with pytest.raises(InvalidInputError):
+    for bad, message in (
+        ({}, "0 sources"),
+        ({"self_prompts": 2, "upload": b"x"}, r"2 sources \(file, self\)"),
+        ({"self_prompts": 1}, "data.self is 1; it must be from 2"),
+    ):
+        with pytest.raises(InvalidInputError, match=message):
             DataSource(**bad)
     with pytest.raises(InvalidInputError, match=r"data\.prompts\[1\] is a JSON int"):
         service.create("odd", source(family), DataSource(prompts=["fine", 3]), AdaptationOptions())
+
+
+@pytest.mark.parametrize(
+    ("data", "training", "param", "message"),
+    [
+        (DataSource(prompts=["one"]), {}, "data.prompts", "has 1 prompt; at least 2"),
+        (DataSource(upload=b'{"prompt": "a"}\n'), {}, "file", "at least 2"),
+        (SELF, {"held_out": 4}, "training.held_out", "is 4 and data.self gives 4 prompts"),
+        (DataSource(prompts=["a", "b"]), {"held_out": 2}, "training.held_out", "data.prompts gives 2"),
+        (SELF, {"max_tokens": 68}, "training.max_tokens", "it must be at most 67"),
+    ],
+)
+def test_a_job_that_could_only_fail_is_refused(
+    service: AdapterService,
+    family: Family,
+    data: DataSource,
+    training: dict[str, int],
+    param: str,
+    message: str,
+) -> None:
+    limits = DataLimits(max_bytes=1000, reserve_bytes=0, max_model_len=100)
+    service.settings = replace(service.settings, data_limits=limits)
+    options = AdaptationOptions(TrainingOptions(**training))
+    with pytest.raises(InvalidInputError, match=message) as caught:
+        service.create("hopeless", source(family), data, options)
+    assert caught.value.param == param
+    assert list(service.workspaces.root.glob("job-*")) == []
+    assert "hopeless" not in service.registry.model_names()
+
+
+def test_a_disk_that_fills_up_while_prompts_are_written(
+    service: AdapterService, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    content = b'{"prompt": "a"}\n{"prompt": "b"}\n'
+    with pytest.raises(StorageFullError, match="prompts cannot be written: No space left"):
+        service.create("big", source(family), DataSource(upload=content), AdaptationOptions())
+    assert list(service.workspaces.root.glob("job-*")) == []
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_one_key_twice_at_the_same_time(
+    service: AdapterService, family: Family, same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both requests look for an earlier one before either has entered its job."""
+    service.create("tune", source(family), SELF, AdaptationOptions())
+    both = threading.Barrier(2)
+    look = service.queue.find_by_key
+    looked: set[int] = set()
+
+    def look_together(key: str) -> Job | None:
+        found = look(key)
+        if threading.get_ident() not in looked:
+            looked.add(threading.get_ident())
+            both.wait(10)
+        return found
+
+    monkeypatch.setattr(service.queue, "find_by_key", look_together)
+
+    def adapt(digest: str) -> str:
+        try:
+            submission = service.adapt(
+                "tune", SELF, AdaptationOptions(), idempotency_key="key", request_hash=digest
+            )
+        except ConflictError as error:
+            return str(error)
+        return submission.job.id
+
+    with ThreadPoolExecutor(2) as pool:
+        answers = set(pool.map(adapt, ("a", "a" if same else "b")))
+    jobs = service.queue.page(adapter="tune")
+    assert len(jobs) == 2
+    if same:
+        assert answers == {jobs[0].id}
+    else:
+        assert answers == {
+            jobs[0].id,
+            "the idempotency key 'key' was used for another request; use a new one",
+        }
+    assert {path.name for path in service.workspaces.root.glob("job-*")} == {job.id for job in jobs}
 
 
 def test_targets_that_must_not_be_read(service: AdapterService, family: Family, tmp_path: Path) -> None:
