@@ -14,6 +14,8 @@ from torch import Tensor
 
 from eda.attention import AttentionRow, PackedBatch
 from eda.draft import DraftModel
+from eda.kernels.draft import DraftHead, DraftKernel, supports
+from eda.kernels.library import DraftRow
 from eda.lora import LoraAdapter
 from eda.private import PrivateSegment
 from eda.sampling import LogitsContext, draft_scores, propose_chain_tokens
@@ -32,6 +34,8 @@ class Proposer:
         self._device = draft.fc.weight.device
         # Keyed weakly: the rows of a fine-tune that is unloaded go with it.
         self._head_rows: WeakKeyDictionary[TargetModel | LoraAdapter, Tensor] = WeakKeyDictionary()
+        self._heads: WeakKeyDictionary[TargetModel | LoraAdapter, DraftHead] = WeakKeyDictionary()
+        self._kernel = DraftKernel(draft, self.cache) if supports(draft) else None
 
     # extension
 
@@ -51,9 +55,11 @@ class Proposer:
         lengths = [len(tokens) for tokens in next_tokens]
         batch = self._pack(states, lengths, [state.draft_length for state in states], None)
         segments = _private_segments(states, lengths)
-        fused = self.draft.fuse(torch.cat(hidden_parts), segments)
+        features = hidden_parts[0] if len(hidden_parts) == 1 else torch.cat(hidden_parts)
+        fuse = self.draft.fuse if self._kernel is None else self._kernel.fuse
+        fused = fuse(features, segments)
         tokens = torch.tensor([token for part in next_tokens for token in part], device=self._device)
-        hidden: Tensor = self.draft(fused, self._embed(states, lengths, tokens), batch, self.cache, segments)
+        hidden = self._run(fused, self._embed(states, lengths, tokens), batch, segments)
         for state, length in zip(states, lengths, strict=True):
             state.draft_length += length
         last = torch.tensor(lengths, device=self._device).cumsum(0) - 1
@@ -65,26 +71,30 @@ class Proposer:
         self, states: Sequence[SequenceState], hidden: Tensor, lengths: Sequence[int]
     ) -> list[Proposal]:
         """Chains of ``lengths[b]`` tokens from the extension outputs ``hidden [B, H]``; states in draft order."""
+        if self._kernel is not None and all(_takes_likeliest(state) for state in states):
+            rows = [self._kernel_row(*pair) for pair in zip(states, lengths, strict=True)]
+            segments = _private_segments(states, [1] * len(states))
+            return [Proposal.chain(path) for path in self._kernel.chains(rows, hidden, segments, 0.0)]
         paths: list[list[int]] = [[] for _ in states]
         probabilities: list[list[Tensor]] = [[] for _ in states]
-        rows = list(range(len(states)))
+        places = list(range(len(states)))
         for step in range(max(lengths)):
-            keep = [index for index, row in enumerate(rows) if lengths[row] > step]
-            if len(keep) < len(rows):
-                rows = [rows[index] for index in keep]
+            keep = [index for index, row in enumerate(places) if lengths[row] > step]
+            if len(keep) < len(places):
+                places = [places[index] for index in keep]
                 hidden = hidden[torch.tensor(keep, device=self._device)]
-            active = [states[row] for row in rows]
-            contexts = [_context(states[row], tuple(paths[row])) for row in rows]
+            active = [states[row] for row in places]
+            contexts = [_context(states[row], tuple(paths[row])) for row in places]
             columns, draft_probs = propose_chain_tokens(
                 self._logits(active, [1] * len(active), hidden),
                 contexts,
-                [len(states[row].token_ids) + step for row in rows],
+                [len(states[row].token_ids) + step for row in places],
                 self.draft.draft_token_ids,
                 self.draft.config.vocab_size,
                 self._generator,
             )
             tokens = self.draft.draft_token_ids[columns]
-            for index, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+            for index, (row, token) in enumerate(zip(places, tokens.tolist(), strict=True)):
                 paths[row].append(token)
                 if draft_probs is not None and states[row].is_sampled:
                     probabilities[row].append(draft_probs[index])
@@ -106,8 +116,7 @@ class Proposer:
         lengths = [state.draft_length + step for state in states]
         batch = self._pack(states, ones, lengths, None)
         segments = _private_segments(states, ones)
-        output: Tensor = self.draft(hidden, self._embed(states, ones, tokens), batch, self.cache, segments)
-        return output
+        return self._run(hidden, self._embed(states, ones, tokens), batch, segments)
 
     # trees
 
@@ -119,6 +128,12 @@ class Proposer:
         Each level expands the ``top_k`` nodes with the highest joint draft probability into ``top_k`` children; of all
         nodes the best ``num_nodes`` are proposed. A child is never likelier than its parent, so the choice is a tree.
         """
+        if self._kernel is not None and all(_has_plain_scores(state) for state in states):
+            segments = [_private_segments([state], [1]) for state in states]
+            return [
+                Proposal(*self._kernel.tree(self._kernel_row(state, depth), start, part, top_k, num_nodes))
+                for state, start, part in zip(states, hidden, segments, strict=True)
+            ]
         num_rows = len(states)
         positions = [len(state.token_ids) for state in states]
         paths: list[list[tuple[int, ...]]] = [[()] for _ in states]
@@ -143,13 +158,9 @@ class Proposer:
             )
             segments = _private_segments(states, counts)
             tokens = frontier_tokens.reshape(-1)
-            hidden = self.draft(
-                hidden.reshape(num_rows * top_k, -1),
-                self._embed(states, counts, tokens),
-                batch,
-                self.cache,
-                segments,
-            ).view(num_rows, top_k, -1)
+            embeddings = self._embed(states, counts, tokens)
+            hidden = self._run(hidden.reshape(num_rows * top_k, -1), embeddings, batch, segments)
+            hidden = hidden.view(num_rows, top_k, -1)
             if any(state.sampling.needs_history for state in states):
                 paths = self._grow_paths(paths, frontier_tokens, frontier_ids, all_parents, level)
             scores, columns = self._expand(states, hidden, paths, positions, top_k, level)
@@ -216,6 +227,25 @@ class Proposer:
 
     # shared
 
+    def _run(
+        self, hidden: Tensor, embeddings: Tensor, batch: PackedBatch, segments: Sequence[PrivateSegment]
+    ) -> Tensor:
+        """One pass of the draft's layer."""
+        if self._kernel is not None:
+            return self._kernel.forward(hidden, embeddings, batch, segments)
+        output: Tensor = self.draft(hidden, embeddings, batch, self.cache, segments)
+        return output
+
+    def _kernel_row(self, state: SequenceState, num_steps: int) -> DraftRow:
+        head = self._draft_head(state.fine_tune)
+        row = DraftRow(
+            state.slot_start, state.draft_length, num_steps, head.packed.pointer, head.embedding.data_ptr()
+        )
+        if state.private is not None and self._kernel is not None:
+            private = self._kernel.private(state.private)
+            row.private_gate_up, row.private_down = private.gate_up, private.down
+        return row
+
     def _pack(
         self,
         states: Sequence[SequenceState],
@@ -246,8 +276,11 @@ class Proposer:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _logits(self, states: Sequence[SequenceState], counts: Sequence[int], hidden: Tensor) -> Tensor:
+        kernel = self._kernel
         parts = [
             self.draft.logits(hidden[start:end], self._rows_of_head(fine_tune))
+            if kernel is None
+            else kernel.logits(hidden[start:end], self._draft_head(fine_tune))
             for fine_tune, start, end in _runs(states, counts)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -259,6 +292,30 @@ class Proposer:
             rows = fine_tune.head_rows(self.draft.draft_token_ids)
             self._head_rows[_output_owner(fine_tune)] = rows
         return rows
+
+    def _draft_head(self, fine_tune: FineTune) -> DraftHead:
+        """The same for the C++ passes, with the embeddings that go with it."""
+        owner = _output_owner(fine_tune)
+        head = self._heads.get(owner)
+        if head is None:
+            embedding = fine_tune.model.embedding
+            if owner is not fine_tune.model:
+                embedding = fine_tune.embed(torch.arange(embedding.shape[0]))
+            head = DraftHead(fine_tune.head_rows(self.draft.draft_token_ids), embedding)
+            self._heads[owner] = head
+        return head
+
+
+def _has_plain_scores(state: SequenceState) -> bool:
+    """Whether the draft's own probabilities are the ones to rank tokens by: nothing changes logits, no seed."""
+    params = state.sampling
+    is_seeded = params.seed is not None and not params.is_greedy
+    return not (params.edits_logits or params.reshapes_distribution or is_seeded)
+
+
+def _takes_likeliest(state: SequenceState) -> bool:
+    """Whether a chain just takes the draft's likeliest token at each place."""
+    return state.sampling.is_greedy and not state.sampling.edits_logits
 
 
 def in_draft_order(states: Sequence[SequenceState]) -> list[int]:

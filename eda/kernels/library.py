@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-_SOURCES = ("pass.cpp", "attention.h", "matrix.h", "threads.h")
+_SOURCES = ("pass.cpp", "draft.h", "layer.h", "attention.h", "matrix.h", "threads.h")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread")
 _SWITCH = "EDA_CPU_KERNELS"
 _logger = logging.getLogger(__name__)
@@ -122,6 +122,36 @@ class Tokens(ctypes.Structure):
         ("keys", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
         ("num_slots", ctypes.c_int64),
+    )
+
+
+class Draft(ctypes.Structure):
+    """Weights of a shared draft."""
+
+    _fields_ = (
+        ("layer", Layer),
+        ("fc", Packed),
+        ("tap_norms", ctypes.c_void_p * 3),
+        ("hidden_norm", ctypes.c_void_p),
+        ("embedding_norm", ctypes.c_void_p),
+        ("final_norm", ctypes.c_void_p),
+        ("token_ids", ctypes.c_void_p),
+        ("num_columns", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
+    )
+
+
+class DraftRow(ctypes.Structure):
+    """A sequence that drafts."""
+
+    _fields_ = (
+        ("first_slot", ctypes.c_int64),
+        ("length", ctypes.c_int32),
+        ("num_steps", ctypes.c_int32),
+        ("head", ctypes.c_void_p),
+        ("embedding", ctypes.c_void_p),
+        ("private_gate_up", ctypes.c_void_p),
+        ("private_down", ctypes.c_void_p),
     )
 
 

@@ -24,7 +24,7 @@ from eda.kv_cache import KVCache
 from eda.layers import DecoderLayer
 from eda.lora import LoraAdapter, LoraSegment, LowRank
 
-_HEAD_SIZES = (32, 64, 128)
+HEAD_SIZES = (32, 64, 128)
 
 
 def supports(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
@@ -32,7 +32,7 @@ def supports(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> b
     return (
         device.type == "cpu"
         and dtype == torch.bfloat16
-        and config.head_dim in _HEAD_SIZES
+        and config.head_dim in HEAD_SIZES
         and config.hidden_size % 16 == 0
         and not config.mlp_bias
         and all(window is None or window >= config.max_position_embeddings for window in config.layer_windows)

@@ -1,0 +1,253 @@
+// The draft: its layer over target features or its own outputs, and greedy chains and trees of draft tokens.
+//
+// Mirrors eda/draft.py (EAGLE-3, arXiv 2503.01840) and the proposals of eda/proposer.py (trees: EAGLE-2, arXiv 2406.16858).
+#pragma once
+
+#include "layer.h"
+
+namespace {
+
+struct Draft {
+  Layer layer;
+  Packed fc;
+  const float *tap_norms[3], *hidden_norm, *embedding_norm, *final_norm;
+  const int64_t* token_ids;  // target id of each draft column
+  int32_t num_columns, unused;
+};
+
+// A sequence that drafts. Its draft cache holds `length` tokens; `room` more may be written.
+struct DraftRow {
+  int64_t first_slot;
+  int32_t length, num_steps;
+  const Packed* head;
+  const bf16* embedding;  // [vocabulary, hidden]
+  const Packed *private_gate_up, *private_down;
+};
+
+struct DraftScratch {
+  Buffer<float> hidden, logits, best;
+  Buffer<bf16> normal;
+};
+DraftScratch draft_scratch;
+
+// The layer over `tokens.count` tokens: `hidden [count, H]` and an embedding row for each; results replace `hidden`.
+void draft_layer(Pool& pool, const Draft& draft, const Shape& shape, const Tokens& tokens, float* hidden,
+                 const bf16* const* embeddings) {
+  Run run(pool, shape, tokens);
+  const int size = shape.hidden;
+  pool.run([&](int rank) {
+    const Range rows = share(tokens.count, rank, pool.size());
+    alignas(64) float plain[8192];
+    for (int row = rows.first; row < rows.end; ++row) {
+      bf16* input = run.input + int64_t(row) * 2 * size;
+      for (int i = 0; i < size; i += 16) _mm512_store_ps(plain + i, load_bf16(embeddings[row] + i));
+      rms_norm(plain, draft.embedding_norm, size, shape.eps, input);
+      rms_norm(hidden + int64_t(row) * size, draft.hidden_norm, size, shape.eps, input + size,
+               run.residual + int64_t(row) * size);
+    }
+    pool.barrier();
+    run.layer(rank, draft.layer, 0);
+    std::memcpy(hidden + int64_t(rows.first) * size, run.residual + int64_t(rows.first) * size,
+                sizeof(float) * size * (rows.end - rows.first));
+  });
+}
+
+// Draft logits `[count, num_columns]` of `hidden [count, H]`; token `i` belongs to `rows[owner[i]]`.
+void draft_logits(Pool& pool, const Draft& draft, const Shape& shape, const std::vector<DraftRow>& rows,
+                  const std::vector<int>& owner, const float* hidden, float* logits) {
+  const int size = shape.hidden, count = int(owner.size());
+  bf16* normal = draft_scratch.normal.of(int64_t(count) * size);
+  pool.run([&](int rank) {
+    const Range mine = share(count, rank, pool.size());
+    for (int i = mine.first; i < mine.end; ++i)
+      rms_norm(hidden + int64_t(i) * size, draft.final_norm, size, shape.eps, normal + int64_t(i) * size);
+    pool.barrier();
+    for (int start = 0, end; start < count; start = end) {  // runs of tokens under one head
+      const Packed* head = rows[owner[start]].head;
+      for (end = start + 1; end < count && rows[owner[end]].head == head;) ++end;
+      head_product(pool, rank, normal, size, start, end, *head, draft.num_columns, logits);
+    }
+  });
+}
+
+// The `count` best columns of a row with their log-probabilities, best first; the lowest column wins ties.
+void best_columns(const float* logits, int num_columns, int count, int* columns, float* scores) {
+  float top = -INFINITY;
+  for (int i = 0; i < count; ++i) scores[i] = -INFINITY, columns[i] = 0;
+  __m512 threshold = _mm512_set1_ps(-INFINITY);
+  for (int first = 0; first < num_columns; first += 16) {
+    const __mmask16 live = __mmask16((1u << std::min(16, num_columns - first)) - 1);
+    const __m512 part = _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), live, logits + first);
+    __mmask16 candidates = _mm512_cmp_ps_mask(part, threshold, _CMP_GT_OQ);
+    for (; candidates; candidates = __mmask16(candidates & (candidates - 1))) {
+      const int column = first + __builtin_ctz(candidates);
+      const float value = logits[column];
+      if (!(value > scores[count - 1])) continue;
+      int place = count - 1;
+      for (; place > 0 && value > scores[place - 1]; --place) {
+        scores[place] = scores[place - 1];
+        columns[place] = columns[place - 1];
+      }
+      scores[place] = value;
+      columns[place] = column;
+      threshold = _mm512_set1_ps(scores[count - 1]);
+    }
+  }
+  top = scores[0];
+  __m512 total = _mm512_setzero_ps();
+  for (int first = 0; first < num_columns; first += 16) {
+    const __mmask16 live = __mmask16((1u << std::min(16, num_columns - first)) - 1);
+    const __m512 part = _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), live, logits + first);
+    total = _mm512_add_ps(total, exp_ps(_mm512_sub_ps(part, _mm512_set1_ps(top))));
+  }
+  const float log_total = top + std::log(_mm512_reduce_add_ps(total));
+  for (int i = 0; i < count; ++i) scores[i] -= log_total;
+}
+
+// What one pass of draft steps needs, filled anew for each: tokens grouped by the row that they belong to.
+struct DraftTokens {
+  Tokens tokens{};
+  std::vector<Segment> segments;
+  std::vector<Visible> visible;
+  std::vector<int64_t> slots;
+  std::vector<float> cos, sin;
+  std::vector<const bf16*> embeddings;
+
+  explicit DraftTokens(const Tokens& cache) : tokens(cache) { tokens.count = 0; }
+
+  // `angles` are the tables [positions, head_size] of `cos` and `sin`.
+  void add(const Shape& shape, const DraftRow& row, int offset, int position, const Visible& seen, int64_t token_id,
+           const float* cos_table, const float* sin_table) {
+    const int at = int(slots.size());
+    if (segments.empty() || segments.back().private_down != row.private_down)
+      segments.push_back({at, at, nullptr, row.private_gate_up, row.private_down});
+    segments.back().end = at + 1;
+    visible.push_back(seen);
+    slots.push_back(row.first_slot + offset);
+    const int64_t first = int64_t(position) * shape.head_size;
+    cos.insert(cos.end(), cos_table + first, cos_table + first + shape.head_size);
+    sin.insert(sin.end(), sin_table + first, sin_table + first + shape.head_size);
+    embeddings.push_back(row.embedding + token_id * shape.hidden);
+  }
+
+  const Tokens& done() {
+    tokens.count = int(slots.size());
+    tokens.num_segments = int(segments.size());
+    tokens.segments = segments.data();
+    tokens.visible = visible.data();
+    tokens.slots = slots.data();
+    tokens.cos = cos.data();
+    tokens.sin = sin.data();
+    return tokens;
+  }
+};
+
+// Greedy chains from `hidden [num_rows, H]`. Writes each row's tokens to `out [num_rows, max_steps]`; a row ends after
+// `num_steps`, or earlier behind a token that makes its joint probability fall below `min_probability`.
+void draft_chains(Pool& pool, const Draft& draft, const Shape& shape, const Tokens& cache, const float* cos_table,
+                  const float* sin_table, std::vector<DraftRow> rows, const float* start, int max_steps,
+                  float min_probability, int64_t* out, int32_t* num_out) {
+  const int size = shape.hidden;
+  float* hidden = draft_scratch.hidden.of(int64_t(rows.size()) * size);
+  float* logits = draft_scratch.logits.of(int64_t(rows.size()) * draft.num_columns);
+  std::memcpy(hidden, start, sizeof(float) * rows.size() * size);
+  std::vector<int> active;  // rows that still draft, in order
+  std::vector<float> joint(rows.size(), 0.0f);
+  for (int b = 0; b < int(rows.size()); ++b) {
+    num_out[b] = 0;
+    if (rows[b].num_steps) active.push_back(b);
+  }
+  for (int i = 0; i < int(active.size()); ++i)
+    if (active[i] != i) std::memmove(hidden + int64_t(i) * size, hidden + int64_t(active[i]) * size, sizeof(float) * size);
+  while (!active.empty()) {
+    draft_logits(pool, draft, shape, rows, active, hidden, logits);
+    DraftTokens step(cache);
+    std::vector<int> going;
+    for (int i = 0; i < int(active.size()); ++i) {
+      const int b = active[i];
+      DraftRow& row = rows[b];
+      int column;
+      float score;
+      best_columns(logits + int64_t(i) * draft.num_columns, draft.num_columns, 1, &column, &score);
+      const int64_t token = draft.token_ids[column];
+      out[int64_t(b) * max_steps + num_out[b]++] = token;
+      joint[b] += score;
+      if (num_out[b] >= row.num_steps || joint[b] < std::log(min_probability)) continue;
+      const int at = row.length + num_out[b] - 1;
+      step.add(shape, row, at, at, {row.first_slot, at + 1, 0, nullptr}, token, cos_table, sin_table);
+      if (int(going.size()) != i)
+        std::memmove(hidden + int64_t(going.size()) * size, hidden + int64_t(i) * size, sizeof(float) * size);
+      going.push_back(b);
+    }
+    active = going;
+    if (!active.empty()) draft_layer(pool, draft, shape, step.done(), hidden, step.embeddings.data());
+  }
+}
+
+// One dynamic tree from `start [H]`: each level expands the `top_k` likeliest nodes into `top_k` children, and the
+// `num_nodes` likeliest of all are kept, parents before children. Returns their number.
+int draft_tree(Pool& pool, const Draft& draft, const Shape& shape, const Tokens& cache, const float* cos_table,
+               const float* sin_table, const DraftRow& row, const float* start, int top_k, int num_nodes,
+               int64_t* out_tokens, int32_t* out_parents) {
+  struct Node {
+    int64_t token;
+    int parent;  // -1: the root
+    float joint;
+    int slot;    // offset behind the cached tokens, -1 before it is expanded
+  };
+  const int size = shape.hidden;
+  std::vector<Node> nodes;
+  float* hidden = draft_scratch.hidden.of(int64_t(top_k) * size);
+  float* logits = draft_scratch.logits.of(int64_t(top_k) * draft.num_columns);
+  std::memcpy(hidden, start, sizeof(float) * size);
+  const std::vector<DraftRow> rows{row};
+  std::vector<int> frontier{-1}, columns(top_k);
+  std::vector<float> scores(top_k);
+  int used = 0;  // slots behind the cached tokens
+  for (int level = 0; level < row.num_steps; ++level) {
+    draft_logits(pool, draft, shape, rows, std::vector<int>(frontier.size(), 0), hidden, logits);
+    std::vector<int> children;
+    for (int i = 0; i < int(frontier.size()); ++i) {
+      best_columns(logits + int64_t(i) * draft.num_columns, draft.num_columns, top_k, columns.data(), scores.data());
+      const float above = frontier[i] < 0 ? 0.0f : nodes[frontier[i]].joint;
+      for (int k = 0; k < top_k; ++k) {
+        children.push_back(int(nodes.size()));
+        nodes.push_back({draft.token_ids[columns[k]], frontier[i], above + scores[k], -1});
+      }
+    }
+    if (level + 1 == row.num_steps) break;
+    std::stable_sort(children.begin(), children.end(), [&](int a, int b) { return nodes[a].joint > nodes[b].joint; });
+    children.resize(std::min<int>(children.size(), top_k));
+    DraftTokens step(cache);
+    std::vector<std::vector<int32_t>> extras(children.size());
+    std::vector<float> inputs;
+    for (int i = 0; i < int(children.size()); ++i) {
+      Node& node = nodes[children[i]];
+      node.slot = used++;
+      for (int at = children[i]; at >= 0; at = nodes[at].parent) extras[i].push_back(row.length + nodes[at].slot);
+      std::reverse(extras[i].begin(), extras[i].end());
+      const int from = int(std::find(frontier.begin(), frontier.end(), node.parent) - frontier.begin());
+      inputs.insert(inputs.end(), hidden + int64_t(from) * size, hidden + int64_t(from + 1) * size);
+      step.add(shape, row, row.length + node.slot, row.length + level,
+               {row.first_slot, row.length, int32_t(extras[i].size()), extras[i].data()}, node.token, cos_table, sin_table);
+    }
+    std::memcpy(hidden, inputs.data(), sizeof(float) * inputs.size());
+    draft_layer(pool, draft, shape, step.done(), hidden, step.embeddings.data());
+    frontier = children;
+  }
+  std::vector<int> order(nodes.size()), place(nodes.size(), 0);
+  for (int i = 0; i < int(order.size()); ++i) order[i] = i;
+  // Stable: a parent stands before its child also where both are equally likely.
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return nodes[a].joint > nodes[b].joint; });
+  order.resize(std::min<int>(order.size(), num_nodes));
+  std::sort(order.begin(), order.end());
+  for (int i = 0; i < int(order.size()); ++i) {
+    const Node& node = nodes[order[i]];
+    place[order[i]] = i + 1;
+    out_tokens[i] = node.token;
+    out_parents[i] = node.parent < 0 ? 0 : place[node.parent];
+  }
+  return int(order.size());
+}
+
+}  // namespace

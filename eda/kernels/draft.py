@@ -1,0 +1,262 @@
+"""The draft on the C++ passes: its layer, and whole greedy chains and trees in one call."""
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from eda.attention import PackedBatch
+from eda.kernels.library import Draft, DraftRow, Layer, LoraLayer, Shape, Tokens, kernels
+from eda.kernels.target import HEAD_SIZES, run_head
+from eda.kernels.tokens import SegmentWeights, TokenArrays, as_pointer, num_threads
+from eda.kernels.weights import (
+    PackedLowRank,
+    PackedWeight,
+    float_vector,
+    packed_gate_up,
+    padded_intermediate,
+)
+from eda.kv_cache import KVCache
+from eda.private import PrivateModule, PrivateSegment
+
+if TYPE_CHECKING:
+    from eda.draft import DraftModel
+
+_LARGEST_HIDDEN_SIZE = 8192
+"""Rows of this width are normalised on the stack."""
+
+
+def supports(draft: "DraftModel") -> bool:
+    """Whether ``DraftKernel`` can run this draft here."""
+    weight, config = draft.fc.weight, draft.config
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and config.head_dim in HEAD_SIZES
+        and config.hidden_size % 16 == 0
+        and config.hidden_size <= _LARGEST_HIDDEN_SIZE
+        and kernels() is not None
+    )
+
+
+class DraftHead:
+    """Embeddings and output rows of one fine-tune, as the draft reads them."""
+
+    def __init__(self, head_rows: Tensor, embedding: Tensor) -> None:
+        """``head_rows [V_draft, H]``; ``embedding [V, H]``, bfloat16."""
+        self.packed = PackedWeight(head_rows)
+        self.embedding = embedding.detach().contiguous()
+
+
+class DraftKernel:
+    """Runs one frozen draft. It copies the weights: later changes of the draft are not seen."""
+
+    def __init__(self, draft: "DraftModel", cache: KVCache) -> None:
+        library = kernels()
+        assert library is not None
+        self._library = library
+        self._draft = draft
+        self._cache = cache
+        config, attention, feed_forward = draft.config, draft.attention, draft.feed_forward
+        weights = [
+            PackedWeight(attention.qkv_proj.weight),
+            PackedWeight(attention.o_proj.weight),
+            packed_gate_up(feed_forward.gate_up_proj.weight, config.intermediate_size),
+            PackedWeight(feed_forward.down_proj.weight),
+            PackedWeight(draft.fc.weight),
+        ]
+        norms = [*draft.tap_norms, draft.hidden_norm, draft.embedding_norm, draft.norm, draft.feed_forward_norm]
+        vectors = [float_vector(norm.weight) for norm in norms]
+        pointers = [vector.data_ptr() for vector in vectors]
+        layer = Layer(*(weight.struct for weight in weights[:4]), 0, pointers[6])
+        self._kept = (weights, vectors, draft.draft_token_ids.contiguous())
+        self._struct = Draft(
+            layer,
+            weights[4].struct,
+            (ctypes.c_void_p * 3)(*pointers[:3]),
+            *pointers[3:6],
+            self._kept[2].data_ptr(),
+            config.draft_vocab_size,
+        )
+        self._private: WeakKeyDictionary[PrivateModule, _PackedPrivate] = WeakKeyDictionary()
+        self._table_length = 0
+        self._cos = self._sin = torch.empty(0)
+        # Chains and trees bring their own tokens; of this one only the cache is read.
+        self._cache_only = Tokens(
+            keys=cache.keys.data_ptr(), values=cache.values.data_ptr(), num_slots=cache.num_slots
+        )
+
+    def fuse(self, features: Tensor, segments: Sequence[PrivateSegment]) -> Tensor:
+        """Target features ``[T, 3H]`` (bfloat16) to draft inputs, float32 ``[T, H]``."""
+        count = features.shape[0]
+        special = [
+            SegmentWeights(part.start, part.end, lora=packed.fusion)
+            for part in segments
+            if (packed := self.private(part.module)).fusion
+        ]
+        # The pass attends to nothing; positions only say how many tokens there are.
+        positions = torch.zeros(count, dtype=torch.long)
+        tokens = TokenArrays(PackedBatch(positions, positions, []), torch.empty(0), torch.empty(0), self._cache, special)
+        features = features.contiguous()
+        fused = torch.empty(count, self._draft.config.hidden_size)
+        shape = self._shape(segments)
+        self._library.eda_fuse_features(
+            num_threads(),
+            ctypes.byref(self._struct),
+            ctypes.byref(shape),
+            ctypes.byref(tokens.struct),
+            as_pointer(features),
+            as_pointer(fused),
+        )
+        return fused
+
+    def forward(
+        self, hidden: Tensor, embeddings: Tensor, batch: PackedBatch, segments: Sequence[PrivateSegment]
+    ) -> Tensor:
+        """One pass: ``hidden`` float32 and ``embeddings`` bfloat16, both ``[T, H]``, to float32 ``[T, H]``."""
+        cos, sin = self._draft.rotary(batch.positions, None, torch.float32)
+        special = []
+        for part in segments:
+            packed = self.private(part.module)
+            special.append(
+                SegmentWeights(
+                    part.start, part.end, private_gate_up=packed.gate_up, private_down=packed.down
+                )
+            )
+        tokens = TokenArrays(batch, cos, sin, self._cache, special)
+        embeddings = embeddings.contiguous()
+        output = hidden.to(torch.float32, copy=True).contiguous()
+        shape = self._shape(segments)
+        self._library.eda_run_draft(
+            num_threads(),
+            ctypes.byref(self._struct),
+            ctypes.byref(shape),
+            ctypes.byref(tokens.struct),
+            as_pointer(embeddings),
+            as_pointer(output),
+        )
+        return output
+
+    def logits(self, hidden: Tensor, head: DraftHead) -> Tensor:
+        """Float32 ``[N, V_draft]`` of ``hidden [N, H]``."""
+        return run_head(head.packed, self._draft.norm(hidden.to(torch.bfloat16)), self._draft.config.draft_vocab_size)
+
+    def chains(
+        self, rows: Sequence[DraftRow], hidden: Tensor, segments: Sequence[PrivateSegment], min_probability: float
+    ) -> list[list[int]]:
+        """Greedy chains of the rows' ``num_steps`` tokens from ``hidden [B, H]``.
+
+        A chain ends early behind a token that makes its joint draft probability fall below ``min_probability``.
+        """
+        longest = max(row.num_steps for row in rows)
+        cos, sin = self._angles(max(row.length for row in rows) + longest)
+        hidden = hidden.float().contiguous()
+        array = (DraftRow * len(rows))(*rows)
+        out = (ctypes.c_int64 * (len(rows) * longest))()
+        counts = (ctypes.c_int32 * len(rows))()
+        shape = self._shape(segments)
+        self._library.eda_draft_chains(
+            num_threads(),
+            ctypes.byref(self._struct),
+            ctypes.byref(shape),
+            ctypes.byref(self._cache_only),
+            as_pointer(cos),
+            as_pointer(sin),
+            array,
+            len(rows),
+            as_pointer(hidden),
+            longest,
+            ctypes.c_float(min_probability),
+            out,
+            counts,
+        )
+        return [out[row * longest : row * longest + count] for row, count in enumerate(counts)]
+
+    def tree(
+        self, row: DraftRow, hidden: Tensor, segments: Sequence[PrivateSegment], top_k: int, num_nodes: int
+    ) -> tuple[list[int], list[int]]:
+        """Tokens and parents of a dynamic tree from ``hidden [H]``; ``row.num_steps`` is its depth."""
+        cos, sin = self._angles(row.length + row.num_steps)
+        hidden = hidden.float().contiguous()
+        most = min(num_nodes, top_k + top_k * top_k * (row.num_steps - 1))
+        tokens = (ctypes.c_int64 * most)()
+        parents = (ctypes.c_int32 * most)()
+        shape = self._shape(segments)
+        count = self._library.eda_draft_tree(
+            num_threads(),
+            ctypes.byref(self._struct),
+            ctypes.byref(shape),
+            ctypes.byref(self._cache_only),
+            as_pointer(cos),
+            as_pointer(sin),
+            ctypes.byref(row),
+            as_pointer(hidden),
+            top_k,
+            most,
+            tokens,
+            parents,
+        )
+        return tokens[:count], parents[:count]
+
+    def private(self, module: PrivateModule) -> "_PackedPrivate":
+        """The packed weights of a private module, laid out anew when they have changed."""
+        found = self._private.get(module)
+        state = _state_of(module)
+        if found is None or found.state != state:
+            found = self._private[module] = _PackedPrivate(module, state)
+        return found
+
+    def _angles(self, num_positions: int) -> tuple[Tensor, Tensor]:
+        if num_positions > self._table_length:
+            self._table_length = max(num_positions, 2 * self._table_length, 1024)
+            cos, sin = self._draft.rotary(torch.arange(self._table_length), None, torch.float32)
+            self._cos, self._sin = cos.contiguous(), sin.contiguous()
+        return self._cos, self._sin
+
+    def _shape(self, segments: Sequence[PrivateSegment]) -> Shape:
+        config = self._draft.config
+        widths = [config.intermediate_size, *(part.module.config.intermediate_size for part in segments)]
+        return Shape(
+            config.hidden_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            2 * config.hidden_size,
+            padded_intermediate(max(widths)),
+            config.rms_norm_eps,
+            1.0 / math.sqrt(config.head_dim),
+        )
+
+
+class _PackedPrivate:
+    """One private module; addresses are 0 for parts that it lacks."""
+
+    def __init__(self, module: PrivateModule, state: tuple[int, ...]) -> None:
+        self.state = state
+        self.gate_up = self.down = self.fusion = 0
+        config = module.config
+        if config.intermediate_size:
+            self._weights = (
+                packed_gate_up(module.gate_up_proj, config.intermediate_size),
+                PackedWeight(module.down_proj),
+            )
+            self.gate_up, self.down = (weight.pointer for weight in self._weights)
+        if config.fc_rank:
+            rank = -(-config.fc_rank // 16) * 16
+            up = torch.zeros(config.hidden_size, rank)
+            up[:, : config.fc_rank] = module.fc_up.detach()
+            self._fusion = PackedLowRank(module.fc_down, PackedWeight(up))
+            self._layer = LoraLayer(qkv=self._fusion.struct)
+            self.fusion = ctypes.addressof(self._layer)
+
+
+def _state_of(module: PrivateModule) -> tuple[int, ...]:
+    """Changes whenever the weights do."""
+    parts: list[int] = []
+    for parameter in module.parameters():
+        parts += [parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version]
+    return tuple(parts)

@@ -1,0 +1,282 @@
+// One decoder layer over packed tokens, on all threads of a pool.
+//
+// The residual stream is float32, what enters a product bfloat16, every sum float32. All pointers are to memory that
+// the caller keeps alive; sizes are checked by the caller (library.py, target.py and draft.py in this folder).
+#pragma once
+
+#include <cstdlib>
+
+#include "attention.h"
+#include "threads.h"
+
+namespace {
+
+
+struct Layer {
+  Packed qkv, output, gate_up, down;
+  const float *attention_norm, *feed_forward_norm;
+  const float *qkv_bias, *output_bias, *query_norm, *key_norm;  // null where the model has none
+};
+
+struct Shape {
+  int32_t hidden, heads, key_heads, head_size, qkv_inputs, intermediate;  // intermediate: of the widest network
+  float eps, attention_scale;
+};
+
+// Low-rank updates of one layer; `data` is null where there is none.
+struct LowRank {
+  Packed a, b;
+};
+struct LoraLayer {
+  LowRank qkv, output, gate_up, down;
+};
+
+// Tokens `start` to `end` have further weights: a LoRA per layer, or a private network beside the feed-forward one.
+struct Segment {
+  int32_t start, end;
+  const LoraLayer* lora;
+  const Packed *private_gate_up, *private_down;
+};
+
+struct Tokens {
+  int32_t count, num_segments;
+  const Segment* segments;      // cover all tokens, in order
+  const float *cos, *sin;       // [count, head_size]
+  const int64_t* slots;         // cache slot of each token
+  const Visible* visible;       // keys of each token
+  bf16 *keys, *values;          // caches [layers, key_heads, num_slots, head_size]
+  int64_t num_slots;
+};
+
+template <class T>
+class Buffer {  // grows, is never cleared
+ public:
+  T* of(size_t count) {
+    if (count > size_) {
+      std::free(data_);
+      size_ = count + count / 2;
+      data_ = static_cast<T*>(std::aligned_alloc(64, (size_ * sizeof(T) + 63) & ~size_t(63)));
+    }
+    return data_;
+  }
+
+ private:
+  T* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Scratch memory of the one pass that runs at a time.
+struct Scratch {
+  Buffer<float> residual, scores;
+  Buffer<bf16> input, qkv, attended, normal, inner, private_inner, low_rank;
+};
+Scratch scratch;
+
+struct Range {
+  int first, end;
+};
+
+Range share(int count, int rank, int size) { return {int(int64_t(count) * rank / size), int(int64_t(count) * (rank + 1) / size)}; }
+
+constexpr int TILES = 4;  // of all weights but the first halves of low-rank updates
+
+struct Run {
+  Pool& pool;
+  const Shape& shape;
+  const Tokens& tokens;
+  float* residual;  // [count, hidden]
+  bf16 *input, *qkv, *attended, *normal, *inner, *private_inner, *low_rank;
+  float* scores;
+  int64_t score_stride;
+
+  Run(Pool& p, const Shape& s, const Tokens& t) : pool(p), shape(s), tokens(t) {
+    const size_t count = t.count;
+    residual = scratch.residual.of(count * s.hidden);
+    input = scratch.input.of(count * s.qkv_inputs);
+    qkv = scratch.qkv.of(count * qkv_size());
+    attended = scratch.attended.of(count * s.heads * s.head_size);
+    normal = scratch.normal.of(count * s.hidden);
+    inner = scratch.inner.of(count * s.intermediate);
+    private_inner = scratch.private_inner.of(count * s.intermediate);
+    low_rank = scratch.low_rank.of(count * rank_stride());
+    score_stride = 0;
+    for (int i = 0; i < t.count; ++i) score_stride = std::max<int64_t>(score_stride, t.visible[i].count());
+    score_stride = 2 * ((score_stride + 15) & ~15);
+    scores = scratch.scores.of(score_stride * p.size());
+  }
+
+  int64_t qkv_size() const { return int64_t(shape.heads + 2 * shape.key_heads) * shape.head_size; }
+
+  int64_t rank_stride() const {
+    int widest = 0;
+    for (int i = 0; i < tokens.num_segments; ++i)
+      if (const LoraLayer* lora = tokens.segments[i].lora)
+        for (const LowRank* part : {&lora->qkv, &lora->output, &lora->gate_up, &lora->down})
+          if (part->a.data) widest = std::max(widest, part->a.n);
+    return widest;
+  }
+
+  // out = given * weight (+ low-rank updates), handed to `finish` block by block. With a LoRA there is one more phase.
+  template <class Finish>
+  void product(int rank, const bf16* given, int64_t stride, const Packed& weight, int layer, LowRank LoraLayer::*part,
+               const Finish& finish) {
+    const int64_t low_stride = rank_stride();
+    if (low_stride) {
+      for (int i = 0; i < tokens.num_segments; ++i) {
+        const Segment& segment = tokens.segments[i];
+        if (!segment.lora || !(segment.lora[layer].*part).a.data) continue;
+        const Packed& a = (segment.lora[layer].*part).a;
+        const Term term{given, stride, &a};
+        const Range blocks = share(a.n / 16, rank, pool.size());
+        for (int block = blocks.first; block < blocks.end; ++block)
+          multiply<1>(&term, 1, segment.start, segment.end, block, [&](int row, int at, const __m512 (&sum)[1]) {
+            store_bf16(low_rank + row * low_stride + 16 * at, sum[0]);
+          });
+      }
+      pool.barrier();
+    }
+    const Range blocks = share(weight.n / (16 * TILES), rank, pool.size());
+    for (int block = blocks.first; block < blocks.end; ++block)
+      for (int i = 0; i < tokens.num_segments; ++i) {
+        const Segment& segment = tokens.segments[i];
+        Term terms[2] = {{given, stride, &weight}, {low_rank, low_stride, nullptr}};
+        int num_terms = 1;
+        if (segment.lora && (segment.lora[layer].*part).b.data) terms[num_terms++].weight = &(segment.lora[layer].*part).b;
+        multiply<TILES>(terms, num_terms, segment.start, segment.end, block, finish);
+      }
+  }
+
+  void rotate(bf16* head, const float* norm, int token) const {
+    const int size = shape.head_size, half = size / 2;
+    alignas(64) float x[256];
+    for (int i = 0; i < size; i += 16) _mm512_store_ps(x + i, load_bf16(head + i));
+    if (norm) rms_norm(x, norm, size, shape.eps, nullptr, x);
+    const float *cos = tokens.cos + int64_t(token) * size, *sin = tokens.sin + int64_t(token) * size;
+    for (int i = 0; i < half; i += 16) {
+      const __m512 low = _mm512_load_ps(x + i), high = _mm512_load_ps(x + half + i);
+      const __m512 c0 = _mm512_loadu_ps(cos + i), c1 = _mm512_loadu_ps(cos + half + i);
+      const __m512 s0 = _mm512_loadu_ps(sin + i), s1 = _mm512_loadu_ps(sin + half + i);
+      store_bf16(head + i, _mm512_fmsub_ps(low, c0, _mm512_mul_ps(high, s0)));
+      store_bf16(head + half + i, _mm512_fmadd_ps(high, c1, _mm512_mul_ps(low, s1)));
+    }
+  }
+
+  void attention(int rank, const Layer& layer, int index) {
+    const int size = shape.head_size, group = shape.heads / shape.key_heads;
+    const int64_t row_size = qkv_size(), plane = tokens.num_slots * size;
+    bf16 *keys = tokens.keys + index * shape.key_heads * plane, *values = tokens.values + index * shape.key_heads * plane;
+    // Keys first: every token's, before any token looks at them.
+    const Range writes = share(tokens.count * shape.key_heads, rank, pool.size());
+    for (int item = writes.first; item < writes.end; ++item) {
+      const int token = item / shape.key_heads, head = item % shape.key_heads;
+      bf16* key = qkv + token * row_size + (shape.heads + head) * size;
+      rotate(key, layer.key_norm, token);
+      const int64_t place = head * plane + tokens.slots[token] * size;
+      std::memcpy(keys + place, key, size * sizeof(bf16));
+      std::memcpy(values + place, key + shape.key_heads * size, size * sizeof(bf16));
+    }
+    pool.barrier();
+    // Tokens of a sequence see about as many keys each, so equal numbers of items are equal work.
+    const Range items = share(tokens.count * shape.key_heads, rank, pool.size());
+    float* own_scores = scores + rank * score_stride;
+    for (int item = items.first; item < items.end; ++item) {
+      const int token = item / shape.key_heads, head = item % shape.key_heads;
+      bf16* queries = qkv + token * row_size + head * group * size;
+      for (int h = 0; h < group; ++h) rotate(queries + h * size, layer.query_norm, token);
+      bf16* out = attended + (int64_t(token) * shape.heads + head * group) * size;
+      const Visible& seen = tokens.visible[token];
+      const bf16 *k = keys + head * plane, *v = values + head * plane;
+      switch (size / 32) {
+        case 1: attend_group<1>(group, queries, k, v, seen, shape.attention_scale, own_scores, out); break;
+        case 2: attend_group<2>(group, queries, k, v, seen, shape.attention_scale, own_scores, out); break;
+        default: attend_group<4>(group, queries, k, v, seen, shape.attention_scale, own_scores, out); break;
+      }
+    }
+    pool.barrier();
+  }
+
+  // Gate and up stand side by side in each block: half of its tiles are gates, the other half their partners.
+  static void gated(bf16* out, int64_t stride, int row, int block, const __m512 (&sum)[TILES]) {
+    for (int t = 0; t < TILES / 2; ++t)
+      store_bf16(out + row * stride + block * (8 * TILES) + 16 * t, _mm512_mul_ps(silu_ps(sum[t]), sum[t + TILES / 2]));
+  }
+
+  void add_to_residual(int row, int block, const __m512 (&sum)[TILES], const float* bias) {
+    for (int t = 0; t < TILES; ++t) {
+      const int column = block * 16 * TILES + 16 * t;
+      if (column >= shape.hidden) break;
+      float* at = residual + int64_t(row) * shape.hidden + column;
+      __m512 value = _mm512_add_ps(_mm512_loadu_ps(at), sum[t]);
+      if (bias) value = _mm512_add_ps(value, _mm512_loadu_ps(bias + column));
+      _mm512_storeu_ps(at, value);
+    }
+  }
+
+  // One layer from the normalised `input` to the sum in `residual`. Ends with a barrier.
+  void layer(int rank, const Layer& weights, int index) {
+    const int64_t row_size = qkv_size();
+    product(rank, input, shape.qkv_inputs, weights.qkv, index, &LoraLayer::qkv,
+            [&](int row, int block, const __m512 (&sum)[TILES]) {
+              for (int t = 0; t < TILES; ++t) {
+                const int column = block * 16 * TILES + 16 * t;
+                if (column >= row_size) break;
+                __m512 value = sum[t];
+                if (weights.qkv_bias) value = _mm512_add_ps(value, _mm512_loadu_ps(weights.qkv_bias + column));
+                store_bf16(qkv + row * row_size + column, value);
+              }
+            });
+    pool.barrier();
+    attention(rank, weights, index);
+    product(rank, attended, int64_t(shape.heads) * shape.head_size, weights.output, index, &LoraLayer::output,
+            [&](int row, int block, const __m512 (&sum)[TILES]) { add_to_residual(row, block, sum, weights.output_bias); });
+    pool.barrier();
+    const Range rows = share(tokens.count, rank, pool.size());
+    for (int row = rows.first; row < rows.end; ++row)
+      rms_norm(residual + int64_t(row) * shape.hidden, weights.feed_forward_norm, shape.hidden, shape.eps,
+               normal + int64_t(row) * shape.hidden);
+    pool.barrier();
+    product(rank, normal, shape.hidden, weights.gate_up, index, &LoraLayer::gate_up,
+            [&](int row, int block, const __m512 (&sum)[TILES]) { gated(inner, shape.intermediate, row, block, sum); });
+    for (int i = 0; i < tokens.num_segments; ++i)
+      if (const Packed* gate_up = tokens.segments[i].private_gate_up) {
+        const Term term{normal, shape.hidden, gate_up};
+        const Range blocks = share(gate_up->n / (16 * TILES), rank, pool.size());
+        for (int block = blocks.first; block < blocks.end; ++block)
+          multiply<TILES>(&term, 1, tokens.segments[i].start, tokens.segments[i].end, block,
+                          [&](int row, int at, const __m512 (&sum)[TILES]) {
+                            gated(private_inner, shape.intermediate, row, at, sum);
+                          });
+      }
+    pool.barrier();
+    const auto add = [&](int row, int block, const __m512 (&sum)[TILES]) { add_to_residual(row, block, sum, nullptr); };
+    product(rank, inner, shape.intermediate, weights.down, index, &LoraLayer::down, add);
+    // Same blocks as above, so a thread adds to columns that it has finished itself.
+    const Range blocks = share(weights.down.n / (16 * TILES), rank, pool.size());
+    for (int i = 0; i < tokens.num_segments; ++i)
+      if (const Packed* down = tokens.segments[i].private_down) {
+        const Term term{private_inner, shape.intermediate, down};
+        for (int block = blocks.first; block < blocks.end; ++block)
+          multiply<TILES>(&term, 1, tokens.segments[i].start, tokens.segments[i].end, block, add);
+      }
+    pool.barrier();
+  }
+};
+
+// [rows, outputs] float32 of `given [rows, inputs]`; a phase without a barrier.
+void head_product(Pool& pool, int rank, const bf16* given, int64_t stride, int start, int end, const Packed& head,
+                  int outputs, float* out) {
+  const Term term{given, stride, &head};
+  const Range blocks = share(head.n / (16 * TILES), rank, pool.size());
+  for (int block = blocks.first; block < blocks.end; ++block)
+    multiply<TILES>(&term, 1, start, end, block, [&](int row, int at, const __m512 (&sum)[TILES]) {
+      for (int t = 0; t < TILES; ++t) {
+        const int column = at * 16 * TILES + 16 * t;
+        if (column >= outputs) break;
+        const __mmask16 live = __mmask16((1u << std::min(16, outputs - column)) - 1);
+        _mm512_mask_storeu_ps(out + int64_t(row) * outputs + column, live, sum[t]);
+      }
+    });
+}
+
+
+}  // namespace
