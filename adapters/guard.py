@@ -130,6 +130,12 @@ class Guard:
             figure = self._figures.get((model, version))
             return figure.measure() if figure else None
 
+    def begin(self, model: str, version: int) -> None:
+        """``version`` comes into service: what an earlier time in service showed says nothing about this one."""
+        with self._lock:
+            self._figures.pop((model, version), None)
+            self._worse_since.pop((model, version), None)
+
     def forget(self, model: str) -> None:
         """Drops everything about ``model``."""
         with self._lock:

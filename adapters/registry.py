@@ -279,6 +279,8 @@ class AdapterRegistry:
             )
 
     def _swap(self, served: Served, entry: CatalogEntry, active: ActiveVersion | None) -> None:
+        if active is not None and active != served.active:
+            self.guard.begin(entry.name, active.version)
         if (active.version if active else None) == entry.active_version:
             served.problem = None
         with self._lock:

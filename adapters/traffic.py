@@ -70,6 +70,7 @@ class TrafficRecorder:
         self.num_dropped = 0
         self._queue: queue.Queue[tuple[TrafficRecord, int] | None] = queue.Queue(_QUEUE_LENGTH)
         self._num_deletions: dict[str, int] = {}
+        self._counts: dict[Path, tuple[tuple[int, int], int]] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
@@ -113,7 +114,7 @@ class TrafficRecorder:
         with self._lock:
             segments = _segments(self._directory(model))
             num_bytes = sum(segment.stat().st_size for segment in segments)
-            return TrafficUsage(sum(1 for _ in _lines(segments)), num_bytes)
+            return TrafficUsage(sum(map(self._count, segments)), num_bytes)
 
     def copy_to(self, model: str, destination: Path) -> int:
         """Writes all whole records of ``model`` to one file, oldest first; returns how many there are."""
@@ -128,7 +129,18 @@ class TrafficRecorder:
         """Removes all records of ``model``, those that wait to be written included."""
         with self._lock:
             self._num_deletions[model] = self._num_deletions.get(model, 0) + 1
-            shutil.rmtree(self._directory(model), ignore_errors=True)
+            directory = self._directory(model)
+            shutil.rmtree(directory, ignore_errors=True)
+            self._counts = {path: known for path, known in self._counts.items() if path.parent != directory}
+
+    def _count(self, segment: Path) -> int:
+        """Whole records of a segment. Only the newest one grows, so the others are read once."""
+        status = segment.stat()
+        state = (status.st_size, status.st_mtime_ns)
+        known = self._counts.get(segment)
+        if known is None or known[0] != state:
+            known = self._counts[segment] = (state, sum(1 for _ in _lines([segment])))
+        return known[1]
 
     def _directory(self, model: str) -> Path:
         return self.root / check_name(model)

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from server.auth import KeyRing
+from server.engine.engine import EngineStoppedError
 from server.error_handlers import install_handlers
 from server.logs import logger
 from server.middleware import GateMiddleware, RequestLogMiddleware
@@ -16,6 +17,10 @@ from server.responses import ErrorResponse
 from server.routes import adapters, chat, completions, jobs, models, operations
 from server.routes.operations import package_version
 from server.services import Runtime, Services
+
+GRACE_SECONDS = 60.0
+"""How long a last step may take at shutdown."""
+STALLED_GRACE_SECONDS = 1.0
 
 
 def create_app(services: Services) -> FastAPI:
@@ -48,15 +53,37 @@ def create_app(services: Services) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
     loading = asyncio.create_task(_start(app, services))
+    watching = asyncio.create_task(_watch_engine(services))
     try:
         yield
     finally:
         services.is_draining = True
+        watching.cancel()
         # A load that is under way cannot be interrupted: it runs in a thread.
         await asyncio.gather(loading, return_exceptions=True)
         if services.runtime is not None:
-            await services.runtime.engine.stop(services.settings.drain_seconds)
+            broken = services.failure is not None
+            await services.runtime.engine.stop(
+                0.0 if broken else services.settings.drain_seconds,
+                grace_seconds=STALLED_GRACE_SECONDS if broken else GRACE_SECONDS,
+            )
             await asyncio.to_thread(services.runtime.on_close)
+
+
+async def _watch_engine(services: Services) -> None:
+    """Ends the process when a step does not end: a device that hangs says nothing, and nobody may wait for ever."""
+    limit = services.settings.stall_seconds
+    while True:
+        await asyncio.sleep(min(limit / 4, 5.0))
+        if services.runtime is None:
+            continue
+        seconds = services.runtime.engine.engine.seconds_without_progress
+        if seconds > limit:
+            error = EngineStoppedError(f"the engine stands still: no step has ended for {seconds:.0f} s")
+            services.failure = error
+            services.runtime.engine.give_up(error)
+            services.on_failure(error)
+            return
 
 
 async def _start(app: FastAPI, services: Services) -> None:

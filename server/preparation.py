@@ -147,7 +147,13 @@ def build(
     config = lease.fine_tune.model.config
     eos_ids = frozenset(config.eos_token_ids) | tokenizer.eos_ids
     deadline = time.monotonic() + settings.request_timeout
-    labels = SequenceLabels(lease.model_name, body.draft, lease.adapter, lease.adapter_version)
+    uses_adapter = body.draft == "private"
+    labels = SequenceLabels(
+        lease.model_name,
+        body.draft,
+        lease.adapter if uses_adapter else None,
+        lease.adapter_version if uses_adapter else None,
+    )
     sequences: list[Sequence] = []
     for place, prompt in enumerate(prompts):
         max_tokens = _max_tokens(body, prompt, config.vocab_size, max_model_len)
@@ -165,7 +171,7 @@ def build(
                 max_length=len(prompt) + max_tokens,
                 fine_tune=lease.fine_tune,
                 sampling=_sampling(body, conditions, config.vocab_size, copy),
-                private=lease.private if body.draft == "private" else None,
+                private=lease.private if uses_adapter else None,
                 speculation=services.engine.speculation_for(body.draft),
             )
             hidden = eos_ids - frozenset(body.stop_token_ids or ())

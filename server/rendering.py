@@ -128,6 +128,6 @@ def metrics_of(request: PreparedRequest) -> RequestMetrics:
         if num_drafted
         else None,
         num_target_passes=num_passes,
-        adapter=request.lease.adapter,
-        adapter_version=request.lease.adapter_version,
+        adapter=request.sequences[0].labels.adapter,
+        adapter_version=request.sequences[0].labels.adapter_version,
     )

@@ -120,7 +120,8 @@ class Services:
     def health_problem(self) -> str | None:
         """Why the process should be restarted; ``None`` while it is well."""
         if self.failure is not None:
-            return f"loading failed: {type(self.failure).__name__}"
+            what = "loading" if self.runtime is None else "the engine"
+            return f"{what} failed: {type(self.failure).__name__}"
         if self.runtime is None:
             return None
         engine = self.runtime.engine.engine

@@ -19,6 +19,9 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from adapters.errors import InvalidInputError
+from adapters.names import check_name
+
 BUNDLED_MODELS = Path(__file__).resolve().parent.parent / "models"
 
 
@@ -130,6 +133,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        for name in (self.model_name, *self.fine_tunes):
+            _check_model_name(name)
         if self.model_name in self.fine_tunes:
             raise ValueError(f"{self.model_name!r} names both the base model and a fine-tune")
         if not self.is_loopback and not self.read_admin_key():
@@ -208,6 +213,14 @@ def load_settings(config: Path | None = None, overrides: dict[str, Any] | None =
         raise ConfigurationError(f"{name}: {message}" if name else message) from None
     except SettingsError as error:
         raise ConfigurationError(str(error)) from error
+
+
+def _check_model_name(name: str) -> None:
+    """Names become directories, labels and parts of URLs, so ``/`` and the like are out."""
+    try:
+        check_name(name, param="the name of a model")
+    except InvalidInputError as error:
+        raise ValueError(str(error)) from None
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -167,12 +167,12 @@ class EventStream(StreamingResponse):
 
 def _describe(http: Request, prepared: PreparedRequest) -> None:
     """Adds to the request's log line what was served."""
-    metrics = metrics_of(prepared)
+    metrics, labels = metrics_of(prepared), prepared.sequences[0].labels
     http.state.log.update(
-        model=prepared.lease.model_name,
-        adapter=prepared.lease.adapter,
-        adapter_version=prepared.lease.adapter_version,
-        draft=prepared.sequences[0].labels.draft,
+        model=labels.model_name,
+        adapter=labels.adapter,
+        adapter_version=labels.adapter_version,
+        draft=labels.draft,
         prompt_tokens=prepared.num_prompt_tokens,
         completion_tokens=prepared.num_completion_tokens,
         acceptance_length=metrics.mean_acceptance_length,

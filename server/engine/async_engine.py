@@ -134,11 +134,19 @@ class AsyncEngine:
             raise
         return stream
 
-    async def stop(self, drain_seconds: float) -> None:
-        """Lets running sequences finish for at most ``drain_seconds``, then ends the thread."""
+    async def stop(self, drain_seconds: float, *, grace_seconds: float = 60.0) -> None:
+        """Lets running sequences finish for at most ``drain_seconds``, then ends the thread.
+
+        The thread looks at the time between steps, so it may end a step later than asked; one that has not ended
+        after ``grace_seconds`` more is left behind.
+        """
         self._engine.stop(drain_seconds)
-        # The thread looks at the time between steps, so it may end a step later than asked.
-        await asyncio.to_thread(self._engine.join, drain_seconds + 60.0)
+        await asyncio.to_thread(self._engine.join, drain_seconds + grace_seconds)
+
+    def give_up(self, error: BaseException) -> None:
+        """Answers everybody with a failure and takes nothing more, whatever the thread is doing."""
+        self._engine.stop(0.0)
+        self._fail_all(error)
 
     def _close(self, stream: OutputStream) -> None:
         unfinished = stream.unfinished

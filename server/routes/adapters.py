@@ -40,6 +40,13 @@ JsonField = Annotated[str, Form(description="the JSON body of the call without a
 PromptFile = Annotated[UploadFile, File(description="JSON lines with prompt or messages")]
 PLAIN_TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}
 B = TypeVar("B", bound=BaseModel)
+_ALIASES = {
+    "name": "lora_name",
+    "target": "lora_path",
+    "target.path": "lora_path",
+    "target.kind": "lora_path",
+}
+"""What ``/v1/load_lora_adapter`` calls the fields of ``POST /adapters``."""
 
 
 def adapter_service(services: Annotated[Services, Depends(services_of)]) -> AdapterService:
@@ -143,6 +150,10 @@ async def load_lora_adapter(body: LoadLoraRequest, adapters: Adapters) -> Respon
     except ConflictError as error:
         # Where this call comes from, a name in use is a bad request.
         raise InvalidInputError(str(error), param="lora_name") from error
+    except InvalidInputError as error:
+        raise InvalidInputError(
+            _in_words_of_the_alias(str(error)), param=_ALIASES.get(error.param or "")
+        ) from error
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -193,6 +204,13 @@ async def _accepted(adapters: AdapterService, response: Response, submission: Su
     response.headers["Location"] = f"/jobs/{submission.job.id}"
     state = await asyncio.to_thread(adapters.describe, submission.entry.name)
     return SubmissionBody(adapter=AdapterBody.of(state), job=JobBody.of(submission.job))
+
+
+def _in_words_of_the_alias(message: str) -> str:
+    for field, alias in sorted(_ALIASES.items(), reverse=True):  # longer ones first
+        if message.startswith(field):
+            return alias + message.removeprefix(field)
+    return message
 
 
 def _detail(adapters: AdapterService, name: str) -> AdapterDetailBody:

@@ -1,5 +1,6 @@
 """Health, readiness, metrics, version and the tokenizer."""
 
+import asyncio
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
@@ -52,7 +53,8 @@ async def get_version() -> VersionResponse:
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(services: Provided) -> Response:
     """Counters in Prometheus' text format."""
-    return Response(services.metrics.render(), media_type=CONTENT_TYPE)
+    # In a thread: some of the figures are read from the database.
+    return Response(await asyncio.to_thread(services.metrics.render), media_type=CONTENT_TYPE)
 
 
 @router.post("/tokenize")

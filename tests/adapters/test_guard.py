@@ -132,6 +132,25 @@ def test_the_ring_keeps_the_latest_within_its_limit(tmp_path: Path) -> None:
     assert (recorder.num_dropped, recorder.usage("math").num_records) == (1, 0)
 
 
+def test_counting_records_reads_only_what_has_grown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = TrafficRecorder(tmp_path, max_bytes=16 * 1024)
+    for number in range(30):
+        recorder.write(record(number))
+    assert len(list((tmp_path / "math").iterdir())) > 2
+    usage = recorder.usage("math")
+    read: list[str] = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path.name), read_bytes(path))[1])
+    assert recorder.usage("math") == usage
+    assert read == []
+    recorder.write(record(30))
+    assert recorder.usage("math").num_records == usage.num_records + 1
+    assert len(read) == 1
+    recorder.delete("math")
+    recorder.write(record(1))
+    assert recorder.usage("math").num_records == 1
+
+
 def test_half_a_line_of_a_killed_server_is_passed_over(tmp_path: Path) -> None:
     recorder = TrafficRecorder(tmp_path)
     recorder.write(record(1))

@@ -359,6 +359,33 @@ def test_the_guard_rolls_back_to_the_version_before(setup: Setup) -> None:
     assert registry.num_rollbacks["tune"] == 3
 
 
+def test_a_version_that_somebody_brings_back_is_judged_anew(setup: Setup) -> None:
+    """Else the guard would take it out again by what it measured before the administrator decided."""
+    guard = Guard(GuardSettings(min_passes=20, patience_seconds=0.0))
+    registry = setup.registry(guard=guard)
+    setup.add(registry, "tune")
+    setup.publish("tune")
+    registry.activate("tune", 1)
+
+    def measure(tokens: int) -> list[Verdict]:
+        for _ in range(40):
+            guard.observe("tune", 1, 10, tokens)
+            guard.observe("tune", None, 10, 30)
+        guard.verdicts({"tune": 1})  # patience is zero, but begins with the first look
+        return guard.verdicts({"tune": 1})
+
+    [verdict] = measure(11)
+    registry.apply(verdict)
+    assert registry.active_versions()["tune"] is None
+    registry.activate("tune", 1)
+    assert guard.live("tune", 1) is None
+    assert guard.verdicts({"tune": 1}) == []
+    assert measure(40) == []
+    registry.sync()
+    assert (live := guard.live("tune", 1)) is not None
+    assert live.mean_acceptance_length == 4.0  # a look at the catalog forgets nothing
+
+
 def test_a_share_of_requests_measures_the_baseline(setup: Setup) -> None:
     registry = setup.registry(guard=Guard(GuardSettings(baseline_share=0.1)))
     setup.add(registry, "tune")

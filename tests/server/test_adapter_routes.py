@@ -274,6 +274,10 @@ def test_lora_aliases(server: Server) -> None:
     assert error_of(again)["param"] == "lora_name"
     assert server.client.post("/v1/unload_lora_adapter", json={"lora_name": "plain"}).status_code == 200
     assert server.client.post("/v1/unload_lora_adapter", json={"lora_name": "plain"}).status_code == 404
+    for change, param in (({"lora_name": "a/b"}, "lora_name"), ({"lora_path": "/etc"}, "lora_path")):
+        wrong = error_of(server.client.post("/v1/load_lora_adapter", json=body | change))
+        assert wrong["param"] == param
+        assert wrong["message"].startswith(f"{param} is {next(iter(change.values()))!r}")
 
 
 def test_upload(server: Server) -> None:

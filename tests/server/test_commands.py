@@ -278,9 +278,20 @@ SpeculativeDecoder.step = step
 """
 
 
+STALL_THE_ENGINE = """
+import time
+from eda.speculative import SpeculativeDecoder
+SpeculativeDecoder.step = lambda self, rows: time.sleep(3600)
+"""
+
+
 @pytest.mark.slow
-def test_an_engine_that_dies_ends_the_process(family_directory: Path, tmp_path: Path) -> None:
-    process = Process(family_directory, tmp_path / "data", before=BREAK_THE_ENGINE)
+@pytest.mark.parametrize("before", [BREAK_THE_ENGINE, STALL_THE_ENGINE], ids=["dies", "stalls"])
+def test_an_engine_that_dies_or_stalls_ends_the_process(
+    family_directory: Path, tmp_path: Path, before: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDA_STALL_SECONDS", "2")
+    process = Process(family_directory, tmp_path / "data", before=before)
     try:
         body = {"model": "math", "prompt": "x"}
         response = httpx.post(f"{process.url()}/v1/completions", json=body, timeout=60)

@@ -64,6 +64,9 @@ def test_metrics_tell_how_the_draft_did(client: httpx.Client, oracle: Oracle) ->
     assert drafted["mean_acceptance_length"] == pytest.approx(39 / drafted["num_target_passes"], abs=1e-3)
     assert 0 < drafted["draft_acceptance_rate"] < 1
     assert (drafted["adapter"], drafted["adapter_version"]) == ("math", 1)
+    for draft in ("shared", "none"):  # nothing of the adapter was used
+        metrics = complete(client, model="math", draft=draft)["metrics"]
+        assert (metrics["adapter"], metrics["adapter_version"]) == (None, None)
     assert drafted["tokens_per_second"] > 0
     assert drafted["time_to_first_token_ms"] > 0
 

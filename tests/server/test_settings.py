@@ -73,6 +73,8 @@ def test_missing_models_are_a_clear_error(tmp_path: Path) -> None:
         ("max_waiting = 0", "max_waiting"),
         ("port = ", "TOML"),
         ("[fine_tunes]\nbase = 'x'", "base model and a fine-tune"),
+        ("model_name = 'owner/model'", "the name of a model is 'owner/model'; it must be 1 to 64"),
+        ("[fine_tunes]\n'../x' = 'x'", "the name of a model is '../x'"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path: Path, text: str, message: str) -> None:
