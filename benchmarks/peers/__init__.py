@@ -1,0 +1,1 @@
+"""What users would pick instead of this server, one module for each, behind ``interface.py``."""
