@@ -131,7 +131,7 @@ class Guard:
             return figure.measure() if figure else None
 
     def begin(self, model: str, version: int) -> None:
-        """``version`` comes into service: what an earlier time in service showed says nothing about this one."""
+        """``version`` is in service again although it was rolled back: it is judged by what it does from now on."""
         with self._lock:
             self._figures.pop((model, version), None)
             self._worse_since.pop((model, version), None)

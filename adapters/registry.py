@@ -279,7 +279,7 @@ class AdapterRegistry:
             )
 
     def _swap(self, served: Served, entry: CatalogEntry, active: ActiveVersion | None) -> None:
-        if active is not None and active != served.active:
+        if active is not None and active != served.active and active.version in entry.rejected_versions:
             self.guard.begin(entry.name, active.version)
         if (active.version if active else None) == entry.active_version:
             served.problem = None
