@@ -84,6 +84,11 @@ class LoraAdapter:
     head_weight: Tensor | None = None
     """``[vocab_size, hidden_size]``: replaces the base's output layer (``modules_to_save``)."""
 
+    @property
+    def changes_head(self) -> bool:
+        """Whether the output layer is not the base's."""
+        return self.head is not None or self.head_weight is not None
+
     @classmethod
     def load(
         cls,

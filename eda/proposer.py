@@ -39,31 +39,47 @@ class Proposer:
 
     # extension
 
-    def extend(self, states: Sequence[SequenceState]) -> Tensor:
+    def extend(
+        self, states: Sequence[SequenceState], chain_lengths: Sequence[int] | None = None
+    ) -> tuple[Tensor, list[Proposal] | None]:
         """Feeds all pending features to the draft, in one pass.
 
-        A feature is consumed together with the token that follows it. Returns each state's last output ``[B, H]``;
-        the states are in draft order (see ``in_draft_order``) and each has at least one pending feature.
+        A feature is consumed together with the token that follows it.
+
+        Args:
+            states: in draft order (see ``in_draft_order``); each has at least one pending feature.
+            chain_lengths: draft tokens of each row, when all rows want chains (or nothing, 0).
+
+        Returns:
+            Each state's last output ``[B, H]``; and the chains, where drafting them in the same call was possible.
         """
         hidden_parts: list[Tensor] = []
-        next_tokens: list[list[int]] = []
+        tokens: list[int] = []
+        lengths: list[int] = []
         for state in states:
             features = state.take_pending_features()
-            start = state.draft_length
             hidden_parts.append(features)
-            next_tokens.append(state.token_ids[start + 1 : start + 1 + features.shape[0]])
-        lengths = [len(tokens) for tokens in next_tokens]
+            lengths.append(features.shape[0])
+            tokens += state.token_ids[state.draft_length + 1 : state.draft_length + 1 + features.shape[0]]
+        features = hidden_parts[0] if len(hidden_parts) == 1 else torch.cat(hidden_parts)
         batch = self._pack(states, lengths, [state.draft_length for state in states], None)
         segments = _private_segments(states, lengths)
-        features = hidden_parts[0] if len(hidden_parts) == 1 else torch.cat(hidden_parts)
-        fuse = self.draft.fuse if self._kernel is None else self._kernel.fuse
-        fused = fuse(features, segments)
-        tokens = torch.tensor([token for part in next_tokens for token in part], device=self._device)
-        hidden = self._run(fused, self._embed(states, lengths, tokens), batch, segments)
         for state, length in zip(states, lengths, strict=True):
             state.draft_length += length
+        if self._kernel is not None:
+            drafts = chain_lengths is not None and all(
+                state.sampling.takes_likeliest or not steps
+                for state, steps in zip(states, chain_lengths, strict=True)
+            )
+            steps = chain_lengths if drafts and chain_lengths is not None else [0] * len(states)
+            rows = self._kernel_rows(states, steps, lengths)
+            hidden, chains = self._kernel.extend(rows, features, tokens, batch, segments)
+            return hidden, [Proposal.chain(path) for path in chains] if drafts else None
+        ids = torch.tensor(tokens, device=self._device)
+        fused = self.draft.fuse(features, segments)
+        hidden = self.draft(fused, self._embed(states, lengths, ids), batch, self.cache, segments)
         last = torch.tensor(lengths, device=self._device).cumsum(0) - 1
-        return hidden[last]
+        return hidden[last], None
 
     # chains
 
@@ -71,10 +87,6 @@ class Proposer:
         self, states: Sequence[SequenceState], hidden: Tensor, lengths: Sequence[int]
     ) -> list[Proposal]:
         """Chains of ``lengths[b]`` tokens from the extension outputs ``hidden [B, H]``; states in draft order."""
-        if self._kernel is not None and all(_takes_likeliest(state) for state in states):
-            rows = [self._kernel_row(*pair) for pair in zip(states, lengths, strict=True)]
-            segments = _private_segments(states, [1] * len(states))
-            return [Proposal.chain(path) for path in self._kernel.chains(rows, hidden, segments, 0.0)]
         paths: list[list[int]] = [[] for _ in states]
         probabilities: list[list[Tensor]] = [[] for _ in states]
         places = list(range(len(states)))
@@ -130,9 +142,10 @@ class Proposer:
         """
         if self._kernel is not None and all(_has_plain_scores(state) for state in states):
             segments = [_private_segments([state], [1]) for state in states]
+            rows = self._kernel_rows(states, [depth] * len(states), [0] * len(states))
             return [
-                Proposal(*self._kernel.tree(self._kernel_row(state, depth), start, part, top_k, num_nodes))
-                for state, start, part in zip(states, hidden, segments, strict=True)
+                Proposal(*self._kernel.tree(row, start, part, top_k, num_nodes))
+                for row, start, part in zip(rows, hidden, segments, strict=True)
             ]
         num_rows = len(states)
         positions = [len(state.token_ids) for state in states]
@@ -236,15 +249,21 @@ class Proposer:
         output: Tensor = self.draft(hidden, embeddings, batch, self.cache, segments)
         return output
 
-    def _kernel_row(self, state: SequenceState, num_steps: int) -> DraftRow:
-        head = self._draft_head(state.fine_tune)
-        row = DraftRow(
-            state.slot_start, state.draft_length, num_steps, head.packed.pointer, head.embedding.data_ptr()
-        )
-        if state.private is not None and self._kernel is not None:
-            private = self._kernel.private(state.private)
-            row.private_gate_up, row.private_down = private.gate_up, private.down
-        return row
+    def _kernel_rows(
+        self, states: Sequence[SequenceState], steps: Sequence[int], lengths: Sequence[int]
+    ) -> list[DraftRow]:
+        rows = []
+        start = 0
+        for state, num_steps, length in zip(states, steps, lengths, strict=True):
+            head = self._draft_head(state.fine_tune)
+            row = DraftRow(state.slot_start, state.draft_length, num_steps, start, length)
+            row.head, row.embedding = head.packed.pointer, head.embedding.data_ptr()
+            if state.private is not None and self._kernel is not None:
+                private = self._kernel.private(state.private)
+                row.private_gate_up, row.private_down = private.gate_up, private.down
+            rows.append(row)
+            start += length
+        return rows
 
     def _pack(
         self,
@@ -311,11 +330,6 @@ def _has_plain_scores(state: SequenceState) -> bool:
     params = state.sampling
     is_seeded = params.seed is not None and not params.is_greedy
     return not (params.edits_logits or params.reshapes_distribution or is_seeded)
-
-
-def _takes_likeliest(state: SequenceState) -> bool:
-    """Whether a chain just takes the draft's likeliest token at each place."""
-    return state.sampling.is_greedy and not state.sampling.edits_logits
 
 
 def in_draft_order(states: Sequence[SequenceState]) -> list[int]:

@@ -101,6 +101,11 @@ class SamplingParams:
         return self.needs_history or bool(self.logit_bias) or self.min_tokens > 0
 
     @property
+    def takes_likeliest(self) -> bool:
+        """Whether the next token is simply the likeliest of the raw logits."""
+        return self.is_greedy and not self.edits_logits
+
+    @property
     def reshapes_distribution(self) -> bool:
         """Whether temperature, top-k, top-p or min-p change the distribution that is sampled from."""
         return not self.is_greedy and (

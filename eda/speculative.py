@@ -6,6 +6,7 @@ output is the target's own, whatever the draft: see ``eda/verification.py`` for 
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from eda.attention import AttentionRow, PackedBatch
 from eda.draft import DraftModel
 from eda.errors import MismatchError
+from eda.kernels.parallel import kernel_threads_only
 from eda.kv_cache import KVCache
 from eda.lora import LoraSegment
 from eda.proposer import Proposer, in_draft_order
@@ -160,9 +162,9 @@ class SpeculativeDecoder:
                     f"row {row.index} schedules {row.num_tokens} tokens; it is admitted: "
                     f"{row.state.extent is not None}, and has {row.state.num_uncomputed} to compute"
                 )
-        self._propose(rows)
-        logits = self._verify_pass(rows)
-        return self._accept(rows, logits)
+        with kernel_threads_only() if self.target.has_kernel else nullcontext():
+            self._propose(rows)
+            return self._accept(rows, *self._verify_pass(rows))
 
     # propose
 
@@ -183,7 +185,15 @@ class SpeculativeDecoder:
         if not extending:
             return
         extending = [extending[index] for index in in_draft_order([rows[index].state for index in extending])]
-        hidden = self.proposer.extend([rows[index].state for index in extending])
+        chain_lengths = [lengths[index] for index in extending]
+        trees = any(lengths[index] and rows[index].state.speculation.mode == "tree" for index in extending)
+        hidden, chains = self.proposer.extend(
+            [rows[index].state for index in extending], None if trees else chain_lengths
+        )
+        if chains is not None:
+            for index, chain in zip(extending, chains, strict=True):
+                rows[index].proposal = chain if chain.token_ids else None
+            return
         by_shape: dict[tuple[int, int, int] | None, list[int]] = {}
         for place, index in enumerate(extending):
             if lengths[index]:
@@ -230,46 +240,58 @@ class SpeculativeDecoder:
 
     # verify
 
-    def _verify_pass(self, rows: list[_Row]) -> Tensor:
-        """One target pass per set of full weights. Returns logits of all nodes of all emitting rows, in row order."""
+    def _verify_pass(self, rows: list[_Row]) -> tuple[Tensor | None, list[int] | None]:
+        """One target pass per set of full weights, for all nodes of all emitting rows, in row order.
+
+        Returns their logits; or only the likeliest tokens, where no row needs more and the target can tell them.
+        """
         # Rows of one LoRA stand together, so that each adapter is one segment of the pack.
         by_model: dict[int, list[_Row]] = {}
         for row in rows:
             by_model.setdefault(id(row.state.fine_tune.model), []).append(row)
+        only_best = all(_needs_only_best(row.state) for row in rows if row.emits)
         parts: dict[int, Tensor] = {}
+        best: dict[int, list[int]] = {}
         for group in by_model.values():
             group.sort(key=lambda row: id(row.state.fine_tune.lora))
-            self._target_pass(group, parts)
-        ordered = [parts[row.index] for row in rows if row.emits]
-        if not ordered:
-            return torch.empty(0, self.target.config.vocab_size, device=self._device)
-        return ordered[0] if len(ordered) == 1 else torch.cat(ordered)
+            self._target_pass(group, parts, best, only_best=only_best)
+        emitting = [row.index for row in rows if row.emits]
+        if not emitting:
+            return torch.empty(0, self.target.config.vocab_size, device=self._device), None
+        if only_best:
+            return None, [token for index in emitting for token in best[index]]
+        ordered = [parts[index] for index in emitting]
+        return ordered[0] if len(ordered) == 1 else torch.cat(ordered), None
 
-    def _target_pass(self, group: list[_Row], parts: dict[int, Tensor]) -> None:
+    def _target_pass(
+        self, group: list[_Row], parts: dict[int, Tensor], best: dict[int, list[int]], *, only_best: bool
+    ) -> None:
         model = group[0].state.fine_tune.model
         tokens, batch = self._pack(group)
-        keeps_features = any(row.state.drafts for row in group)
-        output = model(
-            tokens, batch, self.cache, _lora_segments(group, emitting=False), with_features=keeps_features
-        )
         wanted = [
             index
             for row in group
             if row.emits
             for index in range(row.start + row.num_tokens - 1, row.start + row.num_queries)
         ]
-        if wanted:
-            hidden = output.hidden
-            if len(wanted) < hidden.shape[0]:
-                hidden = hidden[torch.tensor(wanted, device=self._device)]
-            logits = model.logits(hidden, _lora_segments(group, emitting=True))
-            offset = 0
-            for row in group:
-                if row.emits:
-                    count = row.num_queries - row.num_tokens + 1
-                    parts[row.index] = logits[offset : offset + count]
-                    offset += count
+        output = model(
+            tokens,
+            batch,
+            self.cache,
+            _lora_segments(group),
+            with_features=any(row.state.drafts for row in group),
+            wanted=wanted,
+            only_best=only_best,
+        )
+        offset = 0
         for row in group:
+            if row.emits:
+                lines = slice(offset, offset + row.num_queries - row.num_tokens + 1)
+                offset = lines.stop
+                if output.logits is not None:
+                    parts[row.index] = output.logits[lines]
+                if output.best is not None:
+                    best[row.index] = output.best[lines]
             if row.state.drafts and output.features is not None:
                 row.state.keep_features(output.features[row.start : row.start + row.num_queries])
 
@@ -301,7 +323,7 @@ class SpeculativeDecoder:
 
     # accept
 
-    def _accept(self, rows: list[_Row], logits: Tensor) -> list[StepResult]:
+    def _accept(self, rows: list[_Row], logits: Tensor | None, best: list[int] | None) -> list[StepResult]:
         emitting = [row for row in rows if row.emits]
         verdicts = verify(
             logits,
@@ -317,6 +339,7 @@ class SpeculativeDecoder:
             ],
             self._generator,
             block=self.block_verification,
+            best=best,
         )
         results = [StepResult([]) for _ in rows]
         source: list[int] = []
@@ -389,14 +412,18 @@ def _keep_accepted_features(state: SequenceState, num_tokens: int, accepted: lis
         state.keep_features(features[torch.tensor(kept, device=features.device)])
 
 
-def _lora_segments(group: list[_Row], *, emitting: bool) -> list[LoraSegment]:
-    """Segments of the pack, or of the rows that logits are taken of when ``emitting``."""
+def _needs_only_best(state: SequenceState) -> bool:
+    """Whether the target's likeliest tokens are all that verifying this sequence takes, and the target can tell them."""
+    sampling = state.sampling
+    return sampling.takes_likeliest and sampling.num_logprobs is None and state.fine_tune.tells_likeliest
+
+
+def _lora_segments(group: list[_Row]) -> list[LoraSegment]:
+    """Segments of the pack."""
     segments: list[LoraSegment] = []
     end = 0
     for row in group:
-        if emitting and not row.emits:
-            continue
-        start, end = end, end + (row.num_queries - row.num_tokens + 1 if emitting else row.num_queries)
+        start, end = end, end + row.num_queries
         lora = row.state.fine_tune.lora
         if lora is None:
             continue

@@ -55,6 +55,10 @@ class TargetOutput:
     """``[T, hidden_size]`` after the final norm."""
     features: Tensor | None
     """``[T, 3 * hidden_size]``: the hidden states after the three tapped layers, low to high."""
+    logits: Tensor | None = None
+    """Float32 ``[N, vocab_size]`` of the wanted tokens, where the pass was asked for them."""
+    best: list[int] | None = None
+    """Their likeliest tokens, where the pass was asked for these (first id of equals)."""
 
 
 class TargetModel(nn.Module):
@@ -163,6 +167,11 @@ class TargetModel(nn.Module):
         self._tap_layers = layers
 
     @property
+    def has_kernel(self) -> bool:
+        """Whether passes run in C++ (see ``eda/kernels``)."""
+        return self._kernel is not None
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.embedding.dtype
 
@@ -201,17 +210,30 @@ class TargetModel(nn.Module):
         lora_segments: Sequence[LoraSegment] = (),
         *,
         with_features: bool = True,
+        wanted: Sequence[int] = (),
+        only_best: bool = False,
     ) -> TargetOutput:
         """Runs all layers over ``token_ids`` ``[T]`` and leaves their keys and values in ``cache``.
 
         Shared weights run once for all tokens; a LoRA segment adds its low-rank products to its own tokens.
+
+        Args:
+            wanted: tokens whose logits are wanted from the same call; ``logits`` computes others.
+            only_best: the likeliest of the wanted tokens' successors are enough.
         """
         hidden = self.embed(token_ids, lora_segments)
         longest = max(row.kv_len for row in batch.rows)
         if self._kernel is not None:
             cos, sin = self.rotary(batch.positions, batch.rope_lengths, torch.float32)
             taps = self._tap_layers if with_features else None
-            return TargetOutput(*self._kernel.run(hidden, batch, cos, sin, cache, lora_segments, taps))
+            # A LoRA on the output layer is added in Python, after the pass.
+            inside = () if any(segment.adapter.changes_head for segment in lora_segments) else wanted
+            done = self._kernel.run(
+                hidden, batch, cos, sin, cache, lora_segments, taps, inside, with_logits=not only_best
+            )
+            if len(inside) == len(wanted):
+                return TargetOutput(done.hidden, done.features, done.logits, done.best)
+            return self._with_logits(TargetOutput(done.hidden, done.features), lora_segments, wanted)
         self.rotary.reserve(longest, dtype=hidden.dtype, device=hidden.device)
         cos, sin = self.rotary(batch.positions, batch.rope_lengths, hidden.dtype)
         # A window that no row outgrows hides nothing, so its layers share the masks of full attention.
@@ -223,7 +245,22 @@ class TargetModel(nn.Module):
             if with_features and index in self._tap_layers:
                 features[index] = hidden
         fused = torch.cat([features[index] for index in self._tap_layers], dim=-1) if with_features else None
-        return TargetOutput(self.norm(hidden), fused)
+        return self._with_logits(TargetOutput(self.norm(hidden), fused), lora_segments, wanted)
+
+    def _with_logits(
+        self, output: TargetOutput, lora_segments: Sequence[LoraSegment], wanted: Sequence[int]
+    ) -> TargetOutput:
+        if not wanted:
+            return output
+        hidden = output.hidden
+        if len(wanted) < hidden.shape[0]:
+            hidden = hidden[torch.tensor(wanted, device=hidden.device)]
+        segments = []
+        for part in lora_segments:
+            inside = [place for place, token in enumerate(wanted) if part.start <= token < part.end]
+            if inside:
+                segments.append(LoraSegment(part.adapter, inside[0], inside[-1] + 1))
+        return replace(output, logits=self.logits(hidden, segments))
 
     def logits(self, hidden: Tensor, lora_segments: Sequence[LoraSegment] = ()) -> Tensor:
         """Float32 ``[N, vocab_size]`` from the final ``hidden`` ``[N, hidden_size]``.
@@ -270,6 +307,11 @@ class FineTune:
     def lora_segments(self, start: int, end: int) -> tuple[LoraSegment, ...]:
         """The LoRA on tokens ``start`` to ``end``; empty without one."""
         return () if self.lora is None else (LoraSegment(self.lora, start, end),)
+
+    @property
+    def tells_likeliest(self) -> bool:
+        """Whether a pass can give the likeliest tokens without their logits."""
+        return self.model.has_kernel and (self.lora is None or not self.lora.changes_head)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """This fine-tune's embeddings ``[T, hidden_size]`` of ``token_ids`` ``[T]``."""

@@ -63,16 +63,22 @@ class Verdict:
 
 
 def verify(
-    logits: Tensor, rows: Sequence[VerificationRow], generator: torch.Generator, *, block: bool = False
+    logits: Tensor | None,
+    rows: Sequence[VerificationRow],
+    generator: torch.Generator,
+    *,
+    block: bool = False,
+    best: Sequence[int] | None = None,
 ) -> list[Verdict]:
     """Verifies the proposals of a batch.
 
     Args:
         logits: ``[N, V]`` of the target, any floating type. Row ``r`` owns ``1 + n_r`` consecutive lines: its root,
-            then its nodes in order. Never written to.
+            then its nodes in order. Never written to. ``None`` when ``best`` says all.
         rows: one per sequence.
         generator: source of all randomness of rows that are neither greedy nor seeded.
         block: verify sampled chains as a block, which accepts at least as many tokens on average.
+        best: the argmax of each line, where all rows just take the likeliest token of raw logits.
 
     Returns:
         One verdict per row.
@@ -85,8 +91,11 @@ def verify(
     for row in rows:
         starts.append(num_lines)
         num_lines += 1 if row.proposal is None else 1 + len(row.proposal.token_ids)
-    if num_lines != logits.shape[0]:
-        raise ValueError(f"logits have {logits.shape[0]} lines; these {len(rows)} rows need {num_lines}")
+    found = len(best or ()) if logits is None else logits.shape[0]
+    if num_lines != found:
+        raise ValueError(f"logits have {found} lines; these {len(rows)} rows need {num_lines}")
+    if logits is None:
+        return _verdicts(rows, dict(enumerate(_walk(best or (), rows))))
 
     processed = _process(logits, rows)
     sampled = [index for index, row in enumerate(rows) if row.sampling.is_sampled]
@@ -100,13 +109,19 @@ def verify(
         proposals = [rows[index].proposal for index in sampled]
         outcomes.update(zip(sampled, verify_sampled(part, proposals, generator, block=block), strict=True))
 
+    verdicts = _verdicts(rows, outcomes)
+    if any(row.sampling.num_logprobs is not None for row in rows):
+        return _with_logprobs(logits, rows, starts, verdicts)
+    return verdicts
+
+
+def _verdicts(rows: Sequence[VerificationRow], outcomes: dict[int, tuple[list[int], int]]) -> list[Verdict]:
+    """Verdicts without log-probabilities, from each row's accepted nodes and next token."""
     verdicts = []
     for index, row in enumerate(rows):
         nodes, token_id = outcomes[index]
         accepted = [row.proposal.token_ids[node - 1] for node in nodes] if row.proposal is not None else []
         verdicts.append(Verdict([*accepted, token_id], nodes, None))
-    if any(row.sampling.num_logprobs is not None for row in rows):
-        return _with_logprobs(logits, rows, starts, verdicts)
     return verdicts
 
 
@@ -156,6 +171,11 @@ def _verify_by_argmax(scores: Tensor, rows: Sequence[VerificationRow]) -> list[t
             positions += [row.position + depth for depth in depths]
         scores = add_noise(scores.to(torch.float32), seeds, positions, None, scores.shape[1])
     best: list[int] = scores.argmax(-1).tolist()
+    return _walk(best, rows)
+
+
+def _walk(best: Sequence[int], rows: Sequence[VerificationRow]) -> list[tuple[list[int], int]]:
+    """Follows the one right token of each line as long as the draft has it."""
     outcomes = []
     start = 0
     for row in rows:

@@ -15,20 +15,47 @@ struct Draft {
   int32_t num_columns, unused;
 };
 
-// A sequence that drafts. Its draft cache holds `length` tokens; `room` more may be written.
+// A sequence that drafts. Its draft cache holds `length` tokens, those of an extension in the same call included.
 struct DraftRow {
   int64_t first_slot;
   int32_t length, num_steps;
+  int32_t first_token, num_tokens;  // its part of the extension
   const Packed* head;
   const bf16* embedding;  // [vocabulary, hidden]
   const Packed *private_gate_up, *private_down;
 };
 
 struct DraftScratch {
-  Buffer<float> hidden, logits, best;
+  Buffer<float> inputs, hidden, logits;
   Buffer<bf16> normal;
 };
 DraftScratch draft_scratch;
+
+// Target features `[count, 3 * hidden]` to draft inputs `out [count, hidden]`.
+void fuse_features(Pool& pool, const Draft& draft, const Shape& shape, const Tokens& tokens, const bf16* features,
+                   float* out) {
+  Run run(pool, shape, tokens);
+  const int size = shape.hidden;
+  bf16* normal = draft_scratch.normal.of(int64_t(tokens.count) * 3 * size);
+  pool.run([&](int rank) {
+    const Range rows = share(tokens.count, rank, pool.size());
+    alignas(64) float plain[8192];
+    for (int row = rows.first; row < rows.end; ++row)
+      for (int tap = 0; tap < 3; ++tap) {
+        const int64_t at = (int64_t(row) * 3 + tap) * size;
+        for (int i = 0; i < size; i += 16) _mm512_store_ps(plain + i, load_bf16(features + at + i));
+        rms_norm(plain, draft.tap_norms[tap], size, shape.eps, normal + at);
+      }
+    pool.barrier();
+    run.product(rank, normal, 3 * size, draft.fc, 0, &LoraLayer::qkv,
+                [&](int row, int block, const __m512 (&sum)[TILES]) {
+                  for (int t = 0; t < TILES; ++t) {
+                    const int column = block * 16 * TILES + 16 * t;
+                    if (column < size) _mm512_storeu_ps(out + int64_t(row) * size + column, sum[t]);
+                  }
+                });
+  });
+}
 
 // The layer over `tokens.count` tokens: `hidden [count, H]` and an embedding row for each; results replace `hidden`.
 void draft_layer(Pool& pool, const Draft& draft, const Shape& shape, const Tokens& tokens, float* hidden,

@@ -12,7 +12,8 @@ from torch import Tensor
 from eda.attention import PackedBatch
 from eda.kernels.library import Draft, DraftRow, Layer, LoraLayer, Shape, Tokens, kernels
 from eda.kernels.target import HEAD_SIZES, run_head
-from eda.kernels.tokens import SegmentWeights, TokenArrays, as_pointer, num_threads
+from eda.kernels.parallel import num_threads
+from eda.kernels.tokens import SegmentWeights, TokenArrays, as_pointer
 from eda.kernels.weights import (
     PackedLowRank,
     PackedWeight,
@@ -69,7 +70,13 @@ class DraftKernel:
             PackedWeight(feed_forward.down_proj.weight),
             PackedWeight(draft.fc.weight),
         ]
-        norms = [*draft.tap_norms, draft.hidden_norm, draft.embedding_norm, draft.norm, draft.feed_forward_norm]
+        norms = [
+            *draft.tap_norms,
+            draft.hidden_norm,
+            draft.embedding_norm,
+            draft.norm,
+            draft.feed_forward_norm,
+        ]
         vectors = [float_vector(norm.weight) for norm in norms]
         pointers = [vector.data_ptr() for vector in vectors]
         layer = Layer(*(weight.struct for weight in weights[:4]), 0, pointers[6])
@@ -85,49 +92,88 @@ class DraftKernel:
         self._private: WeakKeyDictionary[PrivateModule, _PackedPrivate] = WeakKeyDictionary()
         self._table_length = 0
         self._cos = self._sin = torch.empty(0)
-        # Chains and trees bring their own tokens; of this one only the cache is read.
+        # Trees bring their own tokens; of this one only the cache is read.
         self._cache_only = Tokens(
             keys=cache.keys.data_ptr(), values=cache.values.data_ptr(), num_slots=cache.num_slots
         )
 
-    def fuse(self, features: Tensor, segments: Sequence[PrivateSegment]) -> Tensor:
-        """Target features ``[T, 3H]`` (bfloat16) to draft inputs, float32 ``[T, H]``."""
-        count = features.shape[0]
-        special = [
-            SegmentWeights(part.start, part.end, lora=packed.fusion)
-            for part in segments
-            if (packed := self.private(part.module)).fusion
-        ]
-        # The pass attends to nothing; positions only say how many tokens there are.
-        positions = torch.zeros(count, dtype=torch.long)
-        tokens = TokenArrays(PackedBatch(positions, positions, []), torch.empty(0), torch.empty(0), self._cache, special)
+    def extend(
+        self,
+        rows: Sequence[DraftRow],
+        features: Tensor,
+        token_ids: Sequence[int],
+        batch: PackedBatch,
+        segments: Sequence[PrivateSegment],
+        min_probability: float = 0.0,
+    ) -> tuple[Tensor, list[list[int]]]:
+        """Feeds target features to the draft, and drafts each row's greedy chain of ``num_steps`` tokens.
+
+        Args:
+            features: bfloat16 ``[T, 3H]``; each row's tokens are ``first_token`` to ``first_token + num_tokens``.
+            token_ids: ``T`` ids, of the token behind each feature.
+            min_probability: a chain ends behind a token that makes its joint draft probability fall below this.
+
+        Returns:
+            The output of each row's last token, float32 ``[B, H]``, and the chains.
+        """
+        longest = max(row.num_steps for row in rows)
+        cos_table, sin_table = self._angles(max(row.length for row in rows) + longest)
+        cos, sin = cos_table[batch.positions], sin_table[batch.positions]
+        tokens = TokenArrays(batch, cos, sin, self._cache, self._private_weights(segments))
+        fused = TokenArrays(
+            PackedBatch(batch.positions, batch.slots, []),
+            cos,
+            sin,
+            self._cache,
+            self._fusion_weights(segments),
+        )
         features = features.contiguous()
-        fused = torch.empty(count, self._draft.config.hidden_size)
+        hidden = torch.empty(len(rows), self._draft.config.hidden_size)
+        out = (ctypes.c_int64 * (len(rows) * longest))()
+        counts = (ctypes.c_int32 * len(rows))()
         shape = self._shape(segments)
-        self._library.eda_fuse_features(
+        self._library.eda_draft_round(
             num_threads(),
             ctypes.byref(self._struct),
             ctypes.byref(shape),
             ctypes.byref(tokens.struct),
+            ctypes.byref(fused.struct),
             as_pointer(features),
-            as_pointer(fused),
+            (ctypes.c_int64 * len(token_ids))(*token_ids),
+            as_pointer(cos_table),
+            as_pointer(sin_table),
+            (DraftRow * len(rows))(*rows),
+            len(rows),
+            longest,
+            ctypes.c_float(min_probability),
+            as_pointer(hidden),
+            out,
+            counts,
         )
-        return fused
+        return hidden, [out[row * longest : row * longest + count] for row, count in enumerate(counts)]
+
+    def _private_weights(self, segments: Sequence[PrivateSegment]) -> list[SegmentWeights]:
+        special = []
+        for part in segments:
+            packed = self.private(part.module)
+            special.append(
+                SegmentWeights(part.start, part.end, private_gate_up=packed.gate_up, private_down=packed.down)
+            )
+        return special
+
+    def _fusion_weights(self, segments: Sequence[PrivateSegment]) -> list[SegmentWeights]:
+        return [
+            SegmentWeights(part.start, part.end, lora=packed.fusion)
+            for part in segments
+            if (packed := self.private(part.module)).fusion
+        ]
 
     def forward(
         self, hidden: Tensor, embeddings: Tensor, batch: PackedBatch, segments: Sequence[PrivateSegment]
     ) -> Tensor:
         """One pass: ``hidden`` float32 and ``embeddings`` bfloat16, both ``[T, H]``, to float32 ``[T, H]``."""
         cos, sin = self._draft.rotary(batch.positions, None, torch.float32)
-        special = []
-        for part in segments:
-            packed = self.private(part.module)
-            special.append(
-                SegmentWeights(
-                    part.start, part.end, private_gate_up=packed.gate_up, private_down=packed.down
-                )
-            )
-        tokens = TokenArrays(batch, cos, sin, self._cache, special)
+        tokens = TokenArrays(batch, cos, sin, self._cache, self._private_weights(segments))
         embeddings = embeddings.contiguous()
         output = hidden.to(torch.float32, copy=True).contiguous()
         shape = self._shape(segments)
@@ -143,38 +189,9 @@ class DraftKernel:
 
     def logits(self, hidden: Tensor, head: DraftHead) -> Tensor:
         """Float32 ``[N, V_draft]`` of ``hidden [N, H]``."""
-        return run_head(head.packed, self._draft.norm(hidden.to(torch.bfloat16)), self._draft.config.draft_vocab_size)
-
-    def chains(
-        self, rows: Sequence[DraftRow], hidden: Tensor, segments: Sequence[PrivateSegment], min_probability: float
-    ) -> list[list[int]]:
-        """Greedy chains of the rows' ``num_steps`` tokens from ``hidden [B, H]``.
-
-        A chain ends early behind a token that makes its joint draft probability fall below ``min_probability``.
-        """
-        longest = max(row.num_steps for row in rows)
-        cos, sin = self._angles(max(row.length for row in rows) + longest)
-        hidden = hidden.float().contiguous()
-        array = (DraftRow * len(rows))(*rows)
-        out = (ctypes.c_int64 * (len(rows) * longest))()
-        counts = (ctypes.c_int32 * len(rows))()
-        shape = self._shape(segments)
-        self._library.eda_draft_chains(
-            num_threads(),
-            ctypes.byref(self._struct),
-            ctypes.byref(shape),
-            ctypes.byref(self._cache_only),
-            as_pointer(cos),
-            as_pointer(sin),
-            array,
-            len(rows),
-            as_pointer(hidden),
-            longest,
-            ctypes.c_float(min_probability),
-            out,
-            counts,
+        return run_head(
+            head.packed, self._draft.norm(hidden.to(torch.bfloat16)), self._draft.config.draft_vocab_size
         )
-        return [out[row * longest : row * longest + count] for row, count in enumerate(counts)]
 
     def tree(
         self, row: DraftRow, hidden: Tensor, segments: Sequence[PrivateSegment], top_k: int, num_nodes: int

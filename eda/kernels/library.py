@@ -148,6 +148,8 @@ class DraftRow(ctypes.Structure):
         ("first_slot", ctypes.c_int64),
         ("length", ctypes.c_int32),
         ("num_steps", ctypes.c_int32),
+        ("first_token", ctypes.c_int32),
+        ("num_tokens", ctypes.c_int32),
         ("head", ctypes.c_void_p),
         ("embedding", ctypes.c_void_p),
         ("private_gate_up", ctypes.c_void_p),
@@ -163,7 +165,9 @@ def kernels() -> ctypes.CDLL | None:
         return None
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        _logger.warning("no C++ compiler (g++ or clang++): models run on torch's own kernels, several times slower")
+        _logger.warning(
+            "no C++ compiler (g++ or clang++): models run on torch's own kernels, several times slower"
+        )
         return None
     try:
         return ctypes.CDLL(str(_built(compiler)))

@@ -3,16 +3,27 @@
 #include "draft.h"
 #include "layer.h"
 
+namespace {
+
+Buffer<float> head_scratch;
+
+}  // namespace
+
 extern "C" {
 
 // All layers over `embedded [count, hidden]`. Writes the normalised last hidden states to `hidden` and, where
-// `features` is not null, the states behind the layers `taps[3]` to `features [count, 3 * hidden]`.
+// `features` is not null, the states behind the layers `taps[3]` to `features [count, 3 * hidden]`. For the tokens in
+// `wanted`, `logits [num_wanted, num_outputs]` are written where not null, and the likeliest tokens to `best` likewise.
 void eda_run_target(int num_threads, const Shape* shape, const Layer* layers, int num_layers, const float* final_norm,
-                    const Tokens* tokens, const bf16* embedded, bf16* hidden, bf16* features, const int32_t* taps) {
+                    const Packed* head, const Tokens* tokens, const bf16* embedded, bf16* hidden, bf16* features,
+                    const int32_t* taps, const int32_t* wanted, int num_wanted, int num_outputs, float* logits,
+                    int64_t* best) {
   std::lock_guard<std::mutex> lock(pool_lock());
   Pool& pool = pool_of(num_threads);
   Run run(pool, *shape, *tokens);
   const int size = shape->hidden;
+  bf16* chosen = run.normal;  // free once the layers are done
+  if (!logits && num_wanted) logits = head_scratch.of(int64_t(num_wanted) * num_outputs);
   pool.run([&](int rank) {
     const Range rows = share(tokens->count, rank, pool.size());
     for (int64_t i = int64_t(rows.first) * size; i < int64_t(rows.end) * size; i += 16)
@@ -33,6 +44,16 @@ void eda_run_target(int num_threads, const Shape* shape, const Layer* layers, in
     }
     for (int row = rows.first; row < rows.end; ++row)
       rms_norm(run.residual + int64_t(row) * size, final_norm, size, shape->eps, hidden + int64_t(row) * size);
+    if (!num_wanted) return;
+    pool.barrier();
+    const Range mine = share(num_wanted, rank, pool.size());
+    for (int i = mine.first; i < mine.end; ++i)
+      std::memcpy(chosen + int64_t(i) * size, hidden + int64_t(wanted[i]) * size, size * sizeof(bf16));
+    pool.barrier();
+    head_product(pool, rank, chosen, size, 0, num_wanted, *head, num_outputs, logits);
+    if (!best) return;
+    pool.barrier();
+    for (int i = mine.first; i < mine.end; ++i) best[i] = likeliest(logits + int64_t(i) * num_outputs, num_outputs);
   });
 }
 
@@ -43,33 +64,30 @@ void eda_run_head(int num_threads, const Packed* head, const bf16* hidden, int r
   pool.run([&](int rank) { head_product(pool, rank, hidden, inputs, 0, rows, *head, outputs, out); });
 }
 
-// Features of the target `[count, 3 * hidden]` to draft inputs `out [count, hidden]`; low-rank corrections stand in the
-// segments' `lora` as their `qkv`.
-void eda_fuse_features(int num_threads, const Draft* draft, const Shape* shape, const Tokens* tokens,
-                       const bf16* features, float* out) {
+// One round of the draft: features of the target `[count, 3 * hidden]` and the ids of the tokens behind them go through
+// `fc` and the layer (the tokens of `rows[b]` are `first_token` on, `num_tokens` of them); then each row drafts a chain of
+// `num_steps` tokens, see `draft_chains`. `fused` holds the same tokens with the low-rank corrections of `fc` as `lora`
+// `qkv`. `hidden [num_rows, hidden]` takes the output of each row's last token.
+void eda_draft_round(int num_threads, const Draft* draft, const Shape* shape, const Tokens* tokens, const Tokens* fused,
+                     const bf16* features, const int64_t* token_ids, const float* cos_table, const float* sin_table,
+                     const DraftRow* rows, int num_rows, int max_steps, float min_probability, float* hidden,
+                     int64_t* out, int32_t* num_out) {
   std::lock_guard<std::mutex> lock(pool_lock());
   Pool& pool = pool_of(num_threads);
-  Run run(pool, *shape, *tokens);
   const int size = shape->hidden;
-  bf16* normal = draft_scratch.normal.of(int64_t(tokens->count) * 3 * size);
-  pool.run([&](int rank) {
-    const Range rows = share(tokens->count, rank, pool.size());
-    alignas(64) float plain[8192];
-    for (int row = rows.first; row < rows.end; ++row)
-      for (int tap = 0; tap < 3; ++tap) {
-        const int64_t at = (int64_t(row) * 3 + tap) * size;
-        for (int i = 0; i < size; i += 16) _mm512_store_ps(plain + i, load_bf16(features + at + i));
-        rms_norm(plain, draft->tap_norms[tap], size, shape->eps, normal + at);
-      }
-    pool.barrier();
-    run.product(rank, normal, 3 * size, draft->fc, 0, &LoraLayer::qkv,
-                [&](int row, int block, const __m512 (&sum)[TILES]) {
-                  for (int t = 0; t < TILES; ++t) {
-                    const int column = block * 16 * TILES + 16 * t;
-                    if (column < size) _mm512_storeu_ps(out + int64_t(row) * size + column, sum[t]);
-                  }
-                });
-  });
+  float* inputs = draft_scratch.inputs.of(int64_t(tokens->count) * size);
+  fuse_features(pool, *draft, *shape, *fused, features, inputs);
+  std::vector<const bf16*> embeddings(tokens->count);
+  for (int b = 0; b < num_rows; ++b)
+    for (int i = rows[b].first_token; i < rows[b].first_token + rows[b].num_tokens; ++i)
+      embeddings[i] = rows[b].embedding + token_ids[i] * size;
+  draft_layer(pool, *draft, *shape, *tokens, inputs, embeddings.data());
+  for (int b = 0; b < num_rows; ++b)
+    std::memcpy(hidden + int64_t(b) * size, inputs + int64_t(rows[b].first_token + rows[b].num_tokens - 1) * size,
+                sizeof(float) * size);
+  if (max_steps)
+    draft_chains(pool, *draft, *shape, *tokens, cos_table, sin_table, std::vector<DraftRow>(rows, rows + num_rows),
+                 hidden, max_steps, min_probability, out, num_out);
 }
 
 // The draft's layer over `hidden [count, hidden]`, in place; `embeddings [count, hidden]`.
@@ -79,15 +97,6 @@ void eda_run_draft(int num_threads, const Draft* draft, const Shape* shape, cons
   std::vector<const bf16*> rows(tokens->count);
   for (int row = 0; row < tokens->count; ++row) rows[row] = embeddings + int64_t(row) * shape->hidden;
   draft_layer(pool_of(num_threads), *draft, *shape, *tokens, hidden, rows.data());
-}
-
-// See `draft_chains`. `hidden [num_rows, hidden]`; only the cache of `tokens` is read.
-void eda_draft_chains(int num_threads, const Draft* draft, const Shape* shape, const Tokens* tokens,
-                      const float* cos_table, const float* sin_table, const DraftRow* rows, int num_rows,
-                      const float* hidden, int max_steps, float min_probability, int64_t* out, int32_t* num_out) {
-  std::lock_guard<std::mutex> lock(pool_lock());
-  draft_chains(pool_of(num_threads), *draft, *shape, *tokens, cos_table, sin_table,
-               std::vector<DraftRow>(rows, rows + num_rows), hidden, max_steps, min_probability, out, num_out);
 }
 
 // See `draft_tree`.

@@ -3,6 +3,7 @@
 import ctypes
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from eda.attention import PackedBatch
 from eda.config import ModelConfig
 from eda.kernels.library import Layer, LoraLayer, Shape, kernels
-from eda.kernels.tokens import SegmentWeights, TokenArrays, as_pointer, num_threads
+from eda.kernels.parallel import num_threads
+from eda.kernels.tokens import SegmentWeights, TokenArrays, as_pointer
 from eda.kernels.weights import (
     BLOCK,
     PackedLowRank,
@@ -40,10 +42,26 @@ def supports(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> b
     )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class KernelOutput:
+    """What a pass over ``T`` tokens gives, ``N`` of them wanted."""
+
+    hidden: Tensor
+    """``[T, H]`` after the final norm."""
+    features: Tensor | None
+    """``[T, 3H]``: the states behind the tapped layers."""
+    logits: Tensor | None
+    """Float32 ``[N, vocab_size]``."""
+    best: list[int]
+    """The likeliest token of each wanted one; the lowest id of equals."""
+
+
 class TargetKernel:
     """Takes over the layers of one target; their own weights may be dropped afterwards."""
 
-    def __init__(self, config: ModelConfig, layers: Sequence[DecoderLayer], norm: Tensor, head: Tensor) -> None:
+    def __init__(
+        self, config: ModelConfig, layers: Sequence[DecoderLayer], norm: Tensor, head: Tensor
+    ) -> None:
         library = kernels()
         assert library is not None
         self._library = library
@@ -77,8 +95,12 @@ class TargetKernel:
         vectors: list[Tensor | None] = [
             float_vector(layer.attention_norm.weight),
             float_vector(layer.feed_forward_norm.weight),
-            None if projections["qkv"].bias is None else float_vector(projections["qkv"].bias, weights[0].struct.n),
-            None if projections["output"].bias is None else float_vector(projections["output"].bias, hidden_padded),
+            None
+            if projections["qkv"].bias is None
+            else float_vector(projections["qkv"].bias, weights[0].struct.n),
+            None
+            if projections["output"].bias is None
+            else float_vector(projections["output"].bias, hidden_padded),
             None if attention.q_norm is None else float_vector(attention.q_norm.weight),
             None if attention.k_norm is None else float_vector(attention.k_norm.weight),
         ]
@@ -96,10 +118,13 @@ class TargetKernel:
         cache: KVCache,
         lora_segments: Sequence[LoraSegment],
         tap_layers: tuple[int, int, int] | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """All layers over ``embedded [T, H]``; ``cos`` and ``sin`` float32 ``[T, head_dim]``.
+        wanted: Sequence[int] = (),
+        *,
+        with_logits: bool = True,
+    ) -> "KernelOutput":
+        """All layers over ``embedded [T, H]``, and the output head for the tokens in ``wanted``.
 
-        Returns the hidden states after the final norm ``[T, H]``, and with ``tap_layers`` the features ``[T, 3H]``.
+        ``cos`` and ``sin`` are float32 ``[T, head_dim]``. Without ``with_logits`` only the likeliest tokens come back.
         """
         special = [
             SegmentWeights(segment.start, segment.end, lora=self._lora(segment.adapter).pointer)
@@ -108,20 +133,30 @@ class TargetKernel:
         tokens = TokenArrays(batch, cos, sin, cache, special)
         embedded = embedded.contiguous()
         hidden = torch.empty_like(embedded)
-        features = None if tap_layers is None else embedded.new_empty(embedded.shape[0], 3 * embedded.shape[1])
+        features = (
+            None if tap_layers is None else embedded.new_empty(embedded.shape[0], 3 * embedded.shape[1])
+        )
+        logits = torch.empty(len(wanted), self._config.vocab_size) if with_logits and wanted else None
+        best = (ctypes.c_int64 * len(wanted))()
         self._library.eda_run_target(
             num_threads(),
             ctypes.byref(self._shape),
             self._layers,
             self._config.num_layers,
             as_pointer(self._norm),
+            ctypes.byref(self._head.struct),
             ctypes.byref(tokens.struct),
             as_pointer(embedded),
             as_pointer(hidden),
             None if features is None else as_pointer(features),
             (ctypes.c_int32 * 3)(*(tap_layers or (0, 0, 0))),
+            (ctypes.c_int32 * len(wanted))(*wanted),
+            len(wanted),
+            self._config.vocab_size,
+            None if logits is None else as_pointer(logits),
+            best,
         )
-        return hidden, features
+        return KernelOutput(hidden, features, logits, list(best))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 ``[N, vocab_size]`` of ``hidden [N, H]``."""

@@ -84,8 +84,3 @@ def as_pointer(tensor: Tensor) -> ctypes.c_void_p:
     """Address of a contiguous tensor's data."""
     assert tensor.is_contiguous()
     return ctypes.c_void_p(tensor.data_ptr())
-
-
-def num_threads() -> int:
-    """As many as torch uses."""
-    return torch.get_num_threads()
