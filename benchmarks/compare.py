@@ -1,269 +1,278 @@
 """Tokens per second of this engine beside what users would pick instead, on the same weights, in one run.
 
-    python -m benchmarks.compare --models models --prompts benchmarks/prompts --tokens 256 --json out.json
+    python -m benchmarks.compare --threads 2 --json out.json --plot out.png
 
-Contestants take turns prompt by prompt, so that a machine that gets slower in the meantime does so for all. Greedy,
-no end token, so that all produce the same number of tokens. Figures are medians over prompts, ratios are taken of the
-sums. Engines that are not installed are named as missing, never left out silently.
+Contestants take turns prompt by prompt, greedy, with no end token, so that all produce the same number of tokens.
+Peers are optional (`pip install -e '.[peers]'`); one that is missing is named with the reason. LoRA fine-tunes are
+merged for the peers, which is what their users do for speed. Figures are tokens over seconds of all prompts, so ratios
+are ratios of sums; the median is over prompts. The last columns tell whether a text is the target's own: tokens equal
+to those of transformers, tokens that a float32 pass over the same text would choose, and the worst gap of the others in
+logits. Exits with 1 when this engine itself failed, with 2 when there is nothing to measure.
 """
 
 import argparse
-import importlib.util
 import json
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import os
+import platform
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from adapters.loading import ModelLoader
 from adapters.store import AdapterStore
-from eda.generation import GenerationRequest, generate
+from benchmarks import comparison_report as report
+from benchmarks.comparison_turns import RUN_FAILED, Record, run_in_turns
+from benchmarks.faithfulness import Faithfulness, FaithfulnessCheck
+from benchmarks.own_engine import Family, missing_kinds, own_contestants, own_name
+from benchmarks.peers import ctranslate2_peer, llama_cpp_peer, openvino_peer, transformers_peer
+from benchmarks.peers.interface import (
+    Contestant,
+    MissingPeerError,
+    Peer,
+    PeerModel,
+    Prompt,
+    first_line,
+)
+from benchmarks.peers.plain_checkpoint import write_plain_checkpoint
 from eda.private import PrivateModule
-from eda.sampling import SamplingParams
-from eda.speculative import Speculation, SpeculativeDecoder
-from eda.target import FineTune, TargetModel, load_fine_tune
-from server.models import choose_device, load_pair, model_paths
+from eda.speculative import SpeculativeDecoder
+from eda.target import load_fine_tune
+from server.engine.speculation import SpeculationTable
+from server.models import ModelPaths, choose_device, load_pair, model_paths
 from server.settings import load_settings
 
+ROOT = Path(__file__).parents[1]
 DOMAINS = ("math", "code", "medical")
-GREEDY = SamplingParams(temperature=0.0)
-OTHER_ENGINES = {
-    "llama.cpp": "llama_cpp",
-    "OpenVINO GenAI": "openvino_genai",
-    "CTranslate2": "ctranslate2",
-}
+MIXED_CONCURRENCY = 16
+PEERS: tuple[Peer, ...] = (
+    *transformers_peer.PEERS,
+    *llama_cpp_peer.PEERS,
+    *openvino_peer.PEERS,
+    *ctranslate2_peer.PEERS,
+)
+ROOM_FOR_DRAFTS = 64
 
 
-@dataclass
-class Contestant:
-    """One way to generate: ``run`` completes prompts of token ids and returns how many tokens came out."""
-
-    name: str
-    run: Callable[[Sequence[list[int]], int], int]
-    concurrency: int = 1
-    seconds: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    acceptance: list[tuple[int, int]] = field(default_factory=list)
-
-    @property
-    def tokens_per_second(self) -> float:
-        return sum(self.tokens) / sum(self.seconds)
-
-    @property
-    def acceptance_length(self) -> float:
-        passes = sum(count for count, _ in self.acceptance)
-        return 1.0 + sum(accepted for _, accepted in self.acceptance) / passes if passes else 1.0
+def build_peers(peers: Sequence[Peer], model: PeerModel) -> tuple[list[Contestant], dict[str, str]]:
+    """The peers that can take part, and the reasons of the others."""
+    contestants, missing = [], {}
+    for peer in peers:
+        try:
+            contestants.append(Contestant(peer.name, peer.build(model)))
+        except MissingPeerError as error:
+            missing[peer.name] = str(error)
+        except Exception as error:  # whatever a peer's library raises, the others shall still be measured
+            missing[peer.name] = f"could not be set up: {first_line(error)}"
+    return contestants, missing
 
 
-class OurEngine:
-    """This engine on one fine-tune, with one kind of draft."""
-
-    def __init__(
-        self,
-        decoder: SpeculativeDecoder,
-        fine_tune: FineTune,
-        private: PrivateModule | None,
-        speculation: Speculation,
-        concurrency: int,
-    ) -> None:
-        self.decoder, self.fine_tune, self.private = decoder, fine_tune, private
-        self.speculation, self.concurrency = speculation, concurrency
-        self.contestant: Contestant | None = None
-
-    def __call__(self, prompts: Sequence[list[int]], max_tokens: int) -> int:
-        requests = [
-            GenerationRequest(
-                prompt, max_tokens, sampling=GREEDY, speculation=self.speculation, private=self.private
-            )
-            for prompt in prompts
-        ]
-        generations = generate(self.decoder, self.fine_tune, requests, max_batch=self.concurrency)
-        if self.contestant is not None:
-            steps = [step for generation in generations for step in generation.steps]
-            self.contestant.acceptance.append((len(steps), sum(accepted for _, accepted in steps)))
-        return sum(len(generation.token_ids) for generation in generations)
-
-
-def transformers_contestant(model: Any, name: str, **options: Any) -> Contestant:
-    """``generate`` of transformers, one prompt at a time."""
-
-    def run(prompts: Sequence[list[int]], max_tokens: int) -> int:
-        total = 0
-        for prompt in prompts:
-            ids = torch.tensor([prompt])
-            with torch.inference_mode():
-                output = model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=max_tokens,
-                    do_sample=False,
-                    repetition_penalty=1.0,
-                    eos_token_id=None,
-                    pad_token_id=0,
-                    **options,
-                )
-            total += output.shape[1] - len(prompt)
-        return total
-
-    return Contestant(name, run)
-
-
-def our_contestants(
-    target: TargetModel,
-    draft: Any,
-    fine_tune: FineTune,
-    private: PrivateModule | None,
-    concurrencies: Sequence[int],
-    num_slots: int,
-) -> list[Contestant]:
-    """Plain, shared and private drafting at each concurrency: trees for a lone sequence, chains for a batch."""
-    decoder = SpeculativeDecoder(target, draft, num_slots=num_slots)
-    contestants = []
-    for concurrency in concurrencies:
-        shape = (
-            Speculation("tree", 5) if concurrency == 1 else Speculation("chain", 4 if concurrency <= 4 else 2)
-        )
-        kinds: dict[str, tuple[PrivateModule | None, Speculation]] = {"none": (None, Speculation("none"))}
-        if draft is not None:
-            kinds["shared"] = (None, shape)
-        if private is not None:
-            kinds["private"] = (private, shape)
-        for kind, (module, speculation) in kinds.items():
-            engine = OurEngine(decoder, fine_tune, module, speculation, concurrency)
-            contestant = Contestant(f"ours, {kind}, x{concurrency}", engine, concurrency)
-            engine.contestant = contestant
-            contestants.append(contestant)
-    return contestants
-
-
-def measure(contestants: Sequence[Contestant], prompts: Sequence[list[int]], max_tokens: int) -> None:
-    """Runs every contestant on every prompt, in turns; those of higher concurrency get that many prompts at once."""
-    for contestant in contestants:
-        contestant.run(prompts[:1], 16)
-        contestant.acceptance.clear()
-    for place, prompt in enumerate(prompts):
-        turn = place % len(contestants)
-        for contestant in [*contestants[turn:], *contestants[:turn]]:
-            together = [prompts[(place + offset) % len(prompts)] for offset in range(contestant.concurrency)]
-            start = time.perf_counter()
-            count = contestant.run([prompt] if contestant.concurrency == 1 else together, max_tokens)
-            contestant.seconds.append(time.perf_counter() - start)
-            contestant.tokens.append(count)
-
-
-def report(domain: str, contestants: Sequence[Contestant]) -> list[dict[str, Any]]:
-    """Prints a table and returns its rows."""
-    by_name = {contestant.name: contestant for contestant in contestants}
-    rows = []
-    print(f"\n{domain}: {len(contestants[0].tokens)} prompts")
-    print(f"{'':34}{'tokens/s':>10}{'median':>10}{'accepted':>10}{'/ ours none':>13}{'/ transformers':>16}")
-    for contestant in contestants:
-        plain = by_name[f"ours, none, x{contestant.concurrency}"].tokens_per_second
-        reference = by_name["transformers generate"].tokens_per_second
-        each = [count / seconds for count, seconds in zip(contestant.tokens, contestant.seconds, strict=True)]
-        row = {
-            "domain": domain,
-            "name": contestant.name,
-            "tokens_per_second": contestant.tokens_per_second,
-            "median_tokens_per_second": statistics.median(each),
-            "acceptance_length": contestant.acceptance_length,
-            "ratio_to_our_plain": contestant.tokens_per_second / plain,
-            "ratio_to_transformers": contestant.tokens_per_second / reference,
-        }
-        rows.append(row)
-        print(
-            f"{contestant.name:34}{row['tokens_per_second']:10.1f}{row['median_tokens_per_second']:10.1f}"
-            f"{row['acceptance_length']:10.2f}{row['ratio_to_our_plain']:12.2f}x{row['ratio_to_transformers']:15.2f}x"
-        )
-    return rows
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", type=Path, help="family directory [the bundled one]")
-    parser.add_argument("--prompts", type=Path, default=Path(__file__).parent / "prompts")
-    parser.add_argument(
-        "--num-prompts", type=int, default=8, help="prompts of each domain, from the file's start"
-    )
-    parser.add_argument("--tokens", type=int, default=256, help="tokens generated for each prompt")
-    parser.add_argument("--concurrency", default="1,4,16")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's choice)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    transformers_logging.set_verbosity_error()
-
-    settings = load_settings(None, {"models_dir": arguments.models})
-    paths = model_paths(settings)
-    device = choose_device("cpu")
-    target, draft = load_pair(paths, device, "auto")
-    tokenizer = AutoTokenizer.from_pretrained(paths.target)
-    concurrencies = [int(part) for part in arguments.concurrency.split(",")]
-    print(
-        f"{target.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}, {arguments.tokens} tokens each"
-    )
-    for name, module in OTHER_ENGINES.items():
-        state = (
-            "installed, but not measured by this script yet"
-            if importlib.util.find_spec(module)
-            else "not installed"
-        )
-        print(f"missing from this comparison: {name} ({state})")
-
-    rows: list[dict[str, Any]] = []
-    for domain in DOMAINS:
-        if domain not in paths.fine_tunes:
-            print(f"\n{domain}: no such fine-tune in the family")
-            continue
-        fine_tune = load_fine_tune(paths.fine_tunes[domain], target, domain)
-        private = None
-        if draft is not None and paths.bundled_adapters is not None:
-            store = AdapterStore(paths.bundled_adapters)
+def load_family(paths: ModelPaths, domains: Sequence[str], dtype: str) -> Family:
+    """The target, its draft, and each domain's fine-tune and newest private module."""
+    target, draft = load_pair(paths, choose_device("cpu"), dtype)
+    fine_tunes = {domain: load_fine_tune(paths.fine_tunes[domain], target, domain) for domain in domains}
+    privates: dict[str, PrivateModule] = {}
+    if draft is not None and paths.bundled_adapters is not None:
+        store, loader = AdapterStore(paths.bundled_adapters), ModelLoader(target, draft)
+        for domain in domains:
             for version in store.versions(domain)[-1:]:
-                loader = ModelLoader(target, draft)
-                private = loader.private_module(store, domain, version, fine_tune.fingerprint)[1]
-        lines = (arguments.prompts / f"{domain}.jsonl").read_text(encoding="utf-8").splitlines()
-        prompts = [
+                fingerprint = fine_tunes[domain].fingerprint
+                privates[domain] = loader.private_module(store, domain, version, fingerprint)[1]
+    return Family(target, draft, fine_tunes, privates)
+
+
+def read_prompts(directory: Path, domain: str, count: int, tokenizer: Any) -> list[Prompt]:
+    """The first ``count`` held-out prompts of a domain, in the chat template."""
+    lines = (directory / f"{domain}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    return [
+        Prompt(
+            domain,
             tokenizer.apply_chat_template(
                 [{"role": "user", "content": json.loads(line)["prompt"]}],
                 add_generation_prompt=True,
                 return_dict=False,
-            )
-            for line in lines[: arguments.num_prompts]
-        ]
-        longest = max(map(len, prompts)) + arguments.tokens + 64
-        contestants = our_contestants(
-            target, draft, fine_tune, private, concurrencies, longest * max(concurrencies)
+            ),
         )
-        reference = load_reference(paths.target, paths.fine_tunes[domain], target.dtype)
-        contestants += [
-            transformers_contestant(reference, "transformers generate"),
-            transformers_contestant(reference, "transformers prompt lookup", prompt_lookup_num_tokens=5),
-        ]
-        measure(contestants, prompts, arguments.tokens)
-        rows += report(domain, contestants)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        for line in lines
+    ]
 
 
-def load_reference(base: Path, path: Path, dtype: torch.dtype) -> Any:
-    """The fine-tune in plain transformers; a LoRA is merged, which is what its users do for speed."""
-    if not (path / "adapter_config.json").exists():
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
-    from peft import PeftModel
+def check_texts(checkpoint: Path, records: Sequence[Record], count: int) -> dict[str, Faithfulness]:
+    """Faithfulness of each record's first ``count`` texts; nothing without transformers to compare with."""
+    by_name = {record.name: record for record in records}
+    if report.TRANSFORMERS not in by_name:
+        return {}
+    reference = by_name[report.TRANSFORMERS]
+    texts = {
+        tuple(prompt.token_ids): completion.token_ids
+        for prompt, completion in zip(reference.prompts, reference.completions, strict=True)
+    }
+    check = FaithfulnessCheck(checkpoint)
+    results = {}
+    for record in records:
+        prompts = [prompt.token_ids for prompt in record.prompts[:count]]
+        results[record.name] = check.check(
+            prompts,
+            [completion.token_ids for completion in record.completions[:count]],
+            [texts[tuple(prompt)] for prompt in prompts],
+        )
+    return results
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    return PeftModel.from_pretrained(model, path).merge_and_unload().eval()
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--models", type=Path, help="family directory [the bundled one]")
+    add("--prompts", type=Path, default=Path(__file__).parent / "prompts")
+    add("--domains", default=",".join(DOMAINS))
+    add("--num-prompts", type=int, default=8, help="prompts of each domain, from the file's start [8]")
+    add("--tokens", type=int, default=256, help="tokens generated for each prompt [256]")
+    add("--concurrency", default="1,4,16", help="sequences at a time, of this engine [1,4,16]")
+    add("--threads", type=int, default=0, help="CPU threads of every contestant [torch's choice]")
+    add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
+    add("--calibration", type=Path, help="what to draft at which load, by `eda bench calibrate`")
+    add("--only", default="", help="peers whose name contains one of these, separated by commas [all]")
+    add("--openvino-exporter", help="Python of an environment with optimum-intel [this one]")
+    add("--work", type=Path, default=ROOT / "build" / "peers", help="converted weights, reused [build/peers]")
+    add("--checked", type=int, default=4, help="texts of each contestant that are checked [4]")
+    add("--pause", type=float, default=0.3, help="seconds of rest before each run [0.3]")
+    add("--json", type=Path, help="write the figures to this file")
+    add("--plot", type=Path, help="write a plot to this PNG file")
+    return parser.parse_args(arguments)
+
+
+def compare_domain(
+    options: argparse.Namespace,
+    paths: ModelPaths,
+    family: Family,
+    decoder: SpeculativeDecoder,
+    table: SpeculationTable,
+    prompts: Sequence[Prompt],
+    max_length: int,
+) -> tuple[list[report.Row], dict[str, str]]:
+    """Everything for one domain."""
+    domain = prompts[0].domain
+    work = options.work / f"{domain}-{_short(family.fine_tunes[domain].fingerprint)}"
+    work.mkdir(parents=True, exist_ok=True)
+    plain = write_plain_checkpoint(paths.target, paths.fine_tunes[domain], work / "plain")
+    typed = work / str(family.target.dtype).removeprefix("torch.")
+    typed.mkdir(exist_ok=True)
+    threads = torch.get_num_threads()
+    model = PeerModel(plain, typed, family.target.dtype, threads, max_length, options.openvino_exporter)
+    wanted = [part for part in options.only.split(",") if part]
+    chosen = [peer for peer in PEERS if not wanted or any(part in peer.name for part in wanted)]
+    peers, missing = build_peers(chosen, model)
+    missing |= {peer.name: "left out with --only" for peer in PEERS if peer not in chosen}
+    concurrencies = [int(part) for part in options.concurrency.split(",")]
+    contestants = own_contestants(decoder, family, [domain], concurrencies, table)
+    for kind, reason in missing_kinds(family, [domain]).items():
+        missing |= {own_name(kind, concurrency): reason for concurrency in concurrencies}
+    records, failed = run_in_turns([*contestants, *peers], prompts, options.tokens, pause=options.pause)
+    missing |= failed
+    return report.rows_of(domain, records, check_texts(plain, records, options.checked)), missing
+
+
+def compare_mixed(
+    options: argparse.Namespace,
+    family: Family,
+    decoder: SpeculativeDecoder,
+    table: SpeculationTable,
+    prompts: Sequence[Sequence[Prompt]],
+) -> tuple[list[report.Row], dict[str, str]]:
+    """Batches of all domains at once: this engine without a draft, and with each row's private module."""
+    kinds = ("none", "private")
+    domains = list(family.fine_tunes)
+    contestants = own_contestants(decoder, family, domains, [MIXED_CONCURRENCY], table, kinds)
+    missing = {
+        own_name(kind, MIXED_CONCURRENCY): reason
+        for kind, reason in missing_kinds(family, domains).items()
+        if kind in kinds
+    }
+    interleaved = [prompt for group in zip(*prompts, strict=True) for prompt in group]
+    records, failed = run_in_turns(contestants, interleaved, options.tokens, pause=options.pause)
+    return report.rows_of(report.MIXED, records), missing | failed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    paths = model_paths(load_settings(None, {"models_dir": options.models}))
+    wanted = options.domains.split(",")
+    domains = [domain for domain in wanted if domain in paths.fine_tunes]
+    for domain in wanted:
+        if domain not in domains:
+            print(f"missing from this comparison: the domain {domain} (no such fine-tune in the family)")
+    if not domains:
+        return 2
+    family = load_family(paths, domains, options.dtype)
+    table = SpeculationTable.load(options.calibration) if options.calibration else SpeculationTable.default()
+    tokenizer = AutoTokenizer.from_pretrained(paths.target)
+    prompts = [read_prompts(options.prompts, domain, options.num_prompts, tokenizer) for domain in domains]
+    prompts = [group[: min(map(len, prompts))] for group in prompts]
+    longest = max(len(prompt.token_ids) for group in prompts for prompt in group)
+    max_length = longest + options.tokens + ROOM_FOR_DRAFTS
+    most = max(MIXED_CONCURRENCY, *(int(part) for part in options.concurrency.split(",")))
+    decoder = SpeculativeDecoder(family.target, family.draft, num_slots=max_length * most)
+    settings = {
+        "dtype": str(family.target.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "num_prompts": len(prompts[0]),
+        "tokens": options.tokens,
+        "target": family.target.fingerprint[:16],
+        "torch": torch.__version__,
+        "processor": platform.processor() or platform.machine(),
+        "load_average": os.getloadavg()[0],
+    }
+    print(", ".join(f"{name} {value}" for name, value in settings.items()))
+    if settings["load_average"] > 0.5:
+        print("warning: other processes are running on this machine; ratios hold, tokens/s may not")
+
+    rows: list[report.Row] = []
+    missing: list[tuple[str, dict[str, str]]] = []
+    for domain, group in zip(domains, prompts, strict=True):
+        domain_rows, absent = compare_domain(options, paths, family, decoder, table, group, max_length)
+        rows += domain_rows
+        missing.append((domain, absent))
+        print(report.table(f"{domain}: {len(group)} prompts", domain_rows), flush=True)
+    mixed_rows, absent = compare_mixed(options, family, decoder, table, prompts)
+    rows += mixed_rows
+    missing.append((report.MIXED, absent))
+    print(report.table("mixed: all domains in one batch", mixed_rows))
+    means = report.means_over_domains(rows)
+    print(report.table("mean over domains (shares and gaps: the worst)", means))
+    reasons = report.missing_reasons(missing)
+    print("", *report.missing_lines(reasons), sep="\n")
+    if options.json is not None:
+        document = {
+            "settings": settings,
+            "missing": reasons,
+            "rows": [row.as_json() for row in rows],
+            "means": [row.as_json() for row in means],
+        }
+        options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    if options.plot is not None:
+        title = f"{settings['dtype']}, {settings['threads']} threads, {options.tokens} tokens for each prompt"
+        try:
+            report.write_plot(rows, options.plot, title)
+        except ImportError:
+            print("no plot: matplotlib is not installed (pip install -e '.[bench]')")
+    return (
+        1 if any(name.startswith("ours") and RUN_FAILED in reason for name, reason in reasons.items()) else 0
+    )
+
+
+def _short(fingerprint: str) -> str:
+    return "-".join(part[:8] for part in fingerprint.split("+"))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

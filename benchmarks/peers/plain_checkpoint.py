@@ -1,6 +1,7 @@
 """A fine-tune as one plain checkpoint: what engines without adapters are given."""
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,5 +47,9 @@ def _merged(base: Path, lora: Path) -> Any:
         raise MissingPeerError(f"peft is not installed, so the LoRA {lora.name} cannot be merged") from error
     model = AutoModelForCausalLM.from_pretrained(base)
     stored = model.dtype
-    merged = PeftModel.from_pretrained(model.to(torch.float32), lora).merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # peft asks transformers for a property by its old name
+        merged = PeftModel.from_pretrained(model.to(torch.float32), lora).merge_and_unload()
     return merged.to(stored)
