@@ -141,11 +141,11 @@ class Proposer:
         nodes the best ``num_nodes`` are proposed. A child is never likelier than its parent, so the choice is a tree.
         """
         if self._kernel is not None and all(_has_plain_scores(state) for state in states):
-            segments = [_private_segments([state], [1]) for state in states]
+            parts = [_private_segments([state], [1]) for state in states]
             rows = self._kernel_rows(states, [depth] * len(states), [0] * len(states))
             return [
                 Proposal(*self._kernel.tree(row, start, part, top_k, num_nodes))
-                for row, start, part in zip(rows, hidden, segments, strict=True)
+                for row, start, part in zip(rows, hidden, parts, strict=True)
             ]
         num_rows = len(states)
         positions = [len(state.token_ids) for state in states]
@@ -317,7 +317,7 @@ class Proposer:
         owner = _output_owner(fine_tune)
         head = self._heads.get(owner)
         if head is None:
-            embedding = fine_tune.model.embedding
+            embedding: Tensor = fine_tune.model.embedding
             if owner is not fine_tune.model:
                 embedding = fine_tune.embed(torch.arange(embedding.shape[0]))
             head = DraftHead(fine_tune.head_rows(self.draft.draft_token_ids), embedding)

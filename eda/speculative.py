@@ -413,7 +413,7 @@ def _keep_accepted_features(state: SequenceState, num_tokens: int, accepted: lis
 
 
 def _needs_only_best(state: SequenceState) -> bool:
-    """Whether the target's likeliest tokens are all that verifying this sequence takes, and the target can tell them."""
+    """Whether verifying takes no more than the target's likeliest tokens, and the target can tell them."""
     sampling = state.sampling
     return sampling.takes_likeliest and sampling.num_logprobs is None and state.fine_tune.tells_likeliest
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from eda.attention import PackedBatch
 from eda.kernels.library import Draft, DraftRow, Layer, LoraLayer, Shape, Tokens, kernels
-from eda.kernels.target import HEAD_SIZES, run_head
 from eda.kernels.parallel import num_threads
+from eda.kernels.target import HEAD_SIZES, run_head
 from eda.kernels.tokens import SegmentWeights, TokenArrays, as_pointer
 from eda.kernels.weights import (
     PackedLowRank,

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from eda.attention import PackedBatch
@@ -77,7 +76,7 @@ def _covering(special: Sequence[SegmentWeights], count: int) -> "ctypes.Array[Se
         end = part.end
     if end < count:
         found.append((end, count, 0, 0, 0))
-    return (Segment * len(found))(*found)
+    return (Segment * len(found))(*(Segment(*part) for part in found))
 
 
 def as_pointer(tensor: Tensor) -> ctypes.c_void_p:
