@@ -2,7 +2,7 @@
 
 import typer
 
-from server.commands import adapt, bench, generate, serve, train_draft, worker
+from server.commands import adapt, bench, export, generate, serve, train_draft, worker
 
 app = typer.Typer(
     name="eda",
@@ -14,6 +14,7 @@ app.command("serve")(serve.serve)
 app.command("generate")(generate.generate)
 app.command("adapt")(adapt.adapt)
 app.command("train-draft")(train_draft.train_draft)
+app.command("export")(export.export)
 app.command("worker")(worker.worker)
 app.add_typer(bench.app, name="bench")
 
