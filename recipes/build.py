@@ -21,6 +21,8 @@ from recipes.text import FINE_TUNE_DOMAINS
 
 # One full fine-tune is the hard case for a draft; more than one would not fit into the size that is bundled.
 BUNDLED_KINDS = {"math": "full", "code": "lora", "medical": "lora"}
+# The shared draft is trained once, so it may take longer than the defaults of `eda train-draft`.
+DRAFT_SETTINGS = ("--num-prompts", "6000", "--draft-vocab-size", "3072", "--epochs", "2")
 
 
 @dataclass(frozen=True)
@@ -42,56 +44,111 @@ class Limits:
     fine_tune_minutes: float
 
 
-def stages(data: Path, work: Path, limits: Limits, all_kinds: bool, threads: int) -> list[Stage]:
-    """All stages in order: the bundled fine-tunes first, then (with `all_kinds`) the kinds made to be compared."""
-    common = ["--threads", str(threads)]
-    listed = [
-        Stage(
-            "tokenizer",
-            work / "tokenizer",
-            ["recipes.train_tokenizer", "--data", str(data), "--output", "{result}"],
-        ),
-        Stage(
-            "base",
-            work / "base",
+@dataclass(frozen=True)
+class Recipe:
+    """Where everything lies, and how much of it is made."""
+
+    data: Path
+    work: Path
+    limits: Limits
+    threads: int
+
+    @property
+    def training_threads(self) -> list[str]:
+        return ["--threads", str(self.threads)]
+
+    @property
+    def command_threads(self) -> list[str]:
+        return ["--num-threads", str(self.threads)] if self.threads else []
+
+    def directory(self, name: str) -> Path:
+        """Where the stage of a model puts it."""
+        return self.work / ("base" if name == "base" else f"{name}-{BUNDLED_KINDS[name]}")
+
+    def fine_tune(self, domain: str, kind: str) -> Stage:
+        """A fine-tune of one kind."""
+        return Stage(
+            f"{domain}-{kind}",
+            self.work / f"{domain}-{kind}",
             [
-                *("recipes.pretrain", "--data", str(data), "--tokenizer", str(work / "tokenizer")),
-                *("--work", str(work / "run"), "--output", "{result}"),
-                *("--tokens", str(limits.base_tokens), "--minutes", str(limits.base_minutes), *common),
+                *("recipes.fine_tune", "--data", str(self.data), "--base", str(self.work / "base")),
+                *("--domain", domain, "--kind", kind, "--work", str(self.work / "run")),
+                *("--output", "{result}", "--tokens", str(self.limits.fine_tune_tokens)),
+                *("--minutes", str(self.limits.fine_tune_minutes), *self.training_threads),
             ],
-        ),
-    ]
-    kinds = list(BUNDLED_KINDS.items())
-    if all_kinds:
-        kinds += [(domain, "lora" if kind == "full" else "full") for domain, kind in BUNDLED_KINDS.items()]
-    for domain, kind in kinds:
-        listed.append(
+        )
+
+    def adapter(self, domain: str) -> Stage:
+        """A domain's adapter: `eda adapt` with its default settings."""
+        return Stage(
+            f"{domain} adapter",
+            self.work / "adapters" / domain / "1",
+            [
+                *(
+                    "server",
+                    "adapt",
+                    "--target",
+                    str(self.work / "base"),
+                    "--draft",
+                    str(self.work / "draft"),
+                ),
+                *("--fine-tune", str(self.directory(domain)), "--name", domain),
+                *("--prompts", str(self.work / "prompts" / f"{domain}.jsonl")),
+                *("--store", str(self.work / "adapters"), "--quiet", *self.command_threads),
+            ],
+        )
+
+    def bundled(self) -> list[Stage]:
+        """The stages that make what is bundled, in order."""
+        data, work, limits = str(self.data), self.work, self.limits
+        prompts = work / "prompts"
+        vocabulary = [
+            argument
+            for domain in FINE_TUNE_DOMAINS
+            for argument in ("--vocabulary-prompts", str(prompts / f"{domain}.jsonl"))
+        ]
+        return [
             Stage(
-                f"{domain}-{kind}",
-                work / f"{domain}-{kind}",
+                "tokenizer",
+                work / "tokenizer",
+                ["recipes.train_tokenizer", "--data", data, "--output", "{result}"],
+            ),
+            Stage(
+                "base",
+                work / "base",
                 [
-                    *("recipes.fine_tune", "--data", str(data), "--base", str(work / "base")),
+                    *("recipes.pretrain", "--data", data, "--tokenizer", str(work / "tokenizer")),
                     *(
-                        "--domain",
-                        domain,
-                        "--kind",
-                        kind,
                         "--work",
                         str(work / "run"),
                         "--output",
                         "{result}",
-                    ),
-                    *(
                         "--tokens",
-                        str(limits.fine_tune_tokens),
-                        "--minutes",
-                        str(limits.fine_tune_minutes),
-                        *common,
+                        str(limits.base_tokens),
                     ),
+                    *("--minutes", str(limits.base_minutes), *self.training_threads),
                 ],
-            )
-        )
-    return listed
+            ),
+            Stage("prompts", prompts, ["recipes.prompts", "--data", data, "--output", "{result}"]),
+            *(self.fine_tune(domain, kind) for domain, kind in BUNDLED_KINDS.items()),
+            Stage(
+                "draft",
+                work / "draft",
+                [
+                    *("server", "train-draft", "--target", str(work / "base")),
+                    *("--prompts", str(prompts / "general.jsonl"), *vocabulary, "--out", "{result}"),
+                    *(*DRAFT_SETTINGS, "--quiet", *self.command_threads),
+                ],
+            ),
+            *(self.adapter(domain) for domain in FINE_TUNE_DOMAINS),
+        ]
+
+    def compared(self) -> list[Stage]:
+        """Fine-tunes of the kinds that are not bundled."""
+        return [
+            self.fine_tune(domain, "lora" if kind == "full" else "full")
+            for domain, kind in BUNDLED_KINDS.items()
+        ]
 
 
 def run_stage(stage: Stage) -> None:
@@ -101,28 +158,33 @@ def run_stage(stage: Stage) -> None:
         return
     began = time.monotonic()
     # A checkpoint's directory may be named in what is written (an adapter names its base), so only the parent differs.
+    # What a stopped command left there stays: those that can go on find it.
     partial = stage.result.parent / "partial" / stage.result.name
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    command = [
-        argument.format(result=partial) if argument == "{result}" else argument for argument in stage.command
-    ]
+    command = [partial.as_posix() if argument == "{result}" else argument for argument in stage.command]
     print(f"{stage.name}: {' '.join(command)}", flush=True)
+    if "{result}" in stage.command:
+        partial.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run([sys.executable, "-m", *command], check=True)
-    os.replace(partial, stage.result)
-    partial.parent.rmdir()
+    if "{result}" in stage.command:
+        os.replace(partial, stage.result)
+        partial.parent.rmdir()
+    elif not stage.result.exists():
+        raise FileNotFoundError(f"{stage.name}: the command ended well, and {stage.result} is not there")
     print(f"{stage.name}: {time.monotonic() - began:.0f} s", flush=True)
 
 
-def publish(work: Path, output: Path) -> None:
-    """Copy the base and the bundled fine-tunes to the output directory."""
-    for name in ("base", *FINE_TUNE_DOMAINS):
-        source = work / ("base" if name == "base" else f"{name}-{BUNDLED_KINDS[name]}")
+def publish(recipe: Recipe, output: Path) -> None:
+    """Copy models, draft and adapters to the output directory; what is there already stays."""
+    sources = {name: recipe.directory(name) for name in ("base", *FINE_TUNE_DOMAINS)}
+    sources["draft"] = recipe.work / "draft"
+    sources["adapters"] = recipe.work / "adapters"
+    for name, source in sources.items():
         target = output / name
         if not target.exists():
             partial = output / f"{name}.partial"
             shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(source, partial)
+            # Samples and checkpoints of training are many times larger than what was made from them.
+            shutil.copytree(source, partial, ignore=shutil.ignore_patterns("training", ".*"))
             os.replace(partial, target)
 
 
@@ -150,43 +212,39 @@ def main() -> None:
     limits = Limits(
         arguments.base_tokens, arguments.base_minutes, arguments.fine_tune_tokens, arguments.fine_tune_minutes
     )
-    listed = stages(arguments.data, arguments.work, limits, not arguments.bundled_only, arguments.threads)
-    bundled = 2 + len(BUNDLED_KINDS)
-    for stage in listed[:bundled]:
+    recipe = Recipe(arguments.data, arguments.work, limits, arguments.threads)
+    for stage in recipe.bundled():
         run_stage(stage)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    publish(arguments.work, arguments.output)
-    for stage in listed[bundled:]:
+    publish(recipe, arguments.output)
+    for stage in [] if arguments.bundled_only else recipe.compared():
         run_stage(stage)
-    # Later stages belong here: the shared draft (`eda train-draft`) and one adapter a domain (`eda adapt`).
-    cards = arguments.work / "model_cards.json"
-    run_stage(
+    data, models, work = str(arguments.data), str(arguments.output), arguments.work
+    threads = recipe.training_threads
+    for stage in (
         Stage(
             "evaluation",
-            cards,
+            work / "model_cards.json",
             [
-                *("recipes.evaluate", "--data", str(arguments.data), "--models", str(arguments.output)),
-                *(
-                    "--work",
-                    str(arguments.work / "run"),
-                    "--output",
-                    "{result}",
-                    "--threads",
-                    str(arguments.threads),
-                ),
+                *("recipes.evaluate", "--data", data, "--models", models, "--work", str(work / "run")),
+                *("--output", "{result}", *threads),
             ],
-        )
-    )
-    run_stage(
+        ),
+        Stage(
+            "acceptance",
+            work / "acceptance.json",
+            ["recipes.acceptance", "--data", data, "--models", models, "--output", "{result}", *threads],
+        ),
         Stage(
             "model cards",
             arguments.output / "README.md",
             [
-                *("recipes.model_cards", "--data", str(arguments.data), "--cards", str(cards)),
-                *("--output", "{result}"),
+                *("recipes.model_cards", "--data", data, "--cards", str(work / "model_cards.json")),
+                *("--acceptance", str(work / "acceptance.json"), "--models", models, "--output", "{result}"),
             ],
-        )
-    )
+        ),
+    ):
+        run_stage(stage)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from recipes.attention import use_blocked_attention
 from recipes.domain_rows import fine_tune_rows, held_out_rows
 from recipes.hardware import Hardware, choose_hardware
 from recipes.head_loss import head_loss
@@ -137,7 +138,14 @@ def train(
     """Train in place until the budget is used (or `stop_after_steps`, to interrupt a run on purpose)."""
     model.to(hardware.device).train()
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-    optimizer = MuonAdamW(model, settings.matrix_rate, settings.other_rate)
+    if hardware.device == "cpu":
+        use_blocked_attention(causal_lm)
+    optimizer = MuonAdamW(
+        model,
+        settings.matrix_rate,
+        settings.other_rate,
+        newton_schulz_dtype=getattr(torch, hardware.compute_dtype),
+    )
     position = load_state(checkpoint, model, optimizer) or Position()
     log.write({"event": "start", "step": position.step, "rows": len(rows), **hardware.describe()})
 

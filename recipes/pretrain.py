@@ -49,7 +49,9 @@ class PretrainSettings:
     other_rate: float = 3e-3
     num_shallow_layers: int = 5
     shallow_share: float = 0.5  # of the budget; 0 trains at full depth from the start
-    long_share: float = 0.15  # of the budget, at its end: sequences of twice the length, half as many in a step
+    long_share: float = (
+        0.15  # of the budget, at its end: sequences of twice the length, half as many in a step
+    )
     seed: int = 0
     checkpoint_seconds: float = 180.0
     log_every: int = 10
@@ -163,9 +165,11 @@ def train(
     model.to(hardware.device).train()
     if hardware.device == "cpu":
         use_blocked_attention(model)
-    newton_schulz_dtype = torch.bfloat16 if hardware.compute_dtype == "bfloat16" else torch.float32
     optimizer = MuonAdamW(
-        model, settings.matrix_rate, settings.other_rate, newton_schulz_dtype=newton_schulz_dtype
+        model,
+        settings.matrix_rate,
+        settings.other_rate,
+        newton_schulz_dtype=getattr(torch, hardware.compute_dtype),
     )
     position = load_state(checkpoint, model, optimizer) or replace(start or Position())
     num_layers = model.config.num_hidden_layers
@@ -305,9 +309,7 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="time limit in minutes (default: none)"
     )
-    parser.add_argument(
-        "--micro-batch-size", type=int, default=8, help="sequences of 512 tokens in one pass"
-    )
+    parser.add_argument("--micro-batch-size", type=int, default=8, help="sequences of 512 tokens in one pass")
     parser.add_argument("--num-micro-batches", type=int, default=1, help="passes in one optimiser step")
     parser.add_argument("--width", type=int, default=256, help="hidden size, a multiple of 128 (default 256)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from recipes.build import BUNDLED_KINDS, Limits, Stage, publish, run_stage, stages
-from recipes.model_cards import render
+from recipes.build import BUNDLED_KINDS, Limits, Recipe, Stage, publish, run_stage
+from recipes.model_cards import acceptance_table, render, retention_table
 from recipes.text import DOMAINS, FINE_TUNE_DOMAINS
 
 _DATA_README = """\
@@ -47,25 +47,52 @@ def test_a_finished_stage_is_skipped(data: Path, tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().out == "tokenizer: done already\n"
 
 
-def test_bundled_fine_tunes_come_before_those_made_to_be_compared(tmp_path: Path) -> None:
+def _recipe(path: Path) -> Recipe:
     limits = Limits(base_tokens=1e6, base_minutes=1, fine_tune_tokens=1e5, fine_tune_minutes=1)
-    names = [stage.name for stage in stages(tmp_path, tmp_path, limits, all_kinds=True, threads=1)]
-    assert names[:5] == ["tokenizer", "base", "math-full", "code-lora", "medical-lora"]
-    assert sorted(names[5:]) == ["code-full", "math-lora", "medical-full"]
-    assert len(stages(tmp_path, tmp_path, limits, all_kinds=False, threads=1)) == 5
+    return Recipe(path / "data", path / "work", limits, threads=1)
 
 
-def test_publish_copies_the_bundled_kinds_once(tmp_path: Path) -> None:
-    work, output = tmp_path / "work", tmp_path / "models"
-    for name in ("base", *(f"{domain}-{kind}" for domain, kind in BUNDLED_KINDS.items())):
-        (work / name).mkdir(parents=True)
-        (work / name / "weights").write_text(name)
+def test_stages_come_after_what_they_read(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path)
+    stages = recipe.bundled()
+    names = [stage.name for stage in stages]
+    assert names[:2] == ["tokenizer", "base"]
+    assert names[-3:] == ["math adapter", "code adapter", "medical adapter"]
+    made: list[str] = []
+    for stage in stages:
+        used = [
+            part for part in stage.command if part.startswith(str(recipe.work)) and not part.endswith("/run")
+        ]
+        for part in used:
+            parents = {part, str(Path(part).parent)}
+            assert parents & {*made, str(recipe.work)}, f"{stage.name} reads {part} before it is made"
+        made.append(str(stage.result))
+    assert sorted(stage.name for stage in recipe.compared()) == ["code-full", "math-lora", "medical-full"]
+
+
+def test_a_command_that_makes_nothing_is_an_error(tmp_path: Path) -> None:
+    stage = Stage("nothing", tmp_path / "missing", ["this"])
+    with pytest.raises(FileNotFoundError, match="nothing: the command ended well"):
+        run_stage(stage)
+
+
+def test_publish_copies_what_is_bundled_once_and_without_training_files(tmp_path: Path) -> None:
+    recipe, output = _recipe(tmp_path), tmp_path / "models"
+    names = ["base", *(f"{domain}-{kind}" for domain, kind in BUNDLED_KINDS.items()), "draft", "adapters"]
+    for name in names:
+        (recipe.work / name).mkdir(parents=True)
+        (recipe.work / name / "weights").write_text(name)
+    (recipe.work / "draft" / "training").mkdir()
+    (recipe.work / "adapters" / ".adapt").mkdir()
     output.mkdir()
-    publish(work, output)
+    publish(recipe, output)
     (output / "math" / "weights").write_text("kept")
-    publish(work, output)
+    publish(recipe, output)
     found = {path.name: (path / "weights").read_text() for path in output.iterdir()}
-    assert found == {"base": "base", "math": "kept", "code": "code-lora", "medical": "medical-lora"}
+    models = {"base": "base", "math": "kept", "code": "code-lora", "medical": "medical-lora"}
+    assert found == models | {"draft": "draft", "adapters": "adapters"}
+    assert not (output / "draft" / "training").exists()
+    assert not (output / "adapters" / ".adapt").exists()
 
 
 def test_model_cards_state_losses_samples_and_attributions(data: Path) -> None:
@@ -109,3 +136,27 @@ def test_model_cards_state_losses_samples_and_attributions(data: Path) -> None:
     assert "| python/standard-library | PSF-2.0 | code" in text
     assert "25% of the answers loop" in text
     assert "    > What?\n" in text
+
+
+def _measured(length: float) -> dict[str, object]:
+    return {
+        "mean_acceptance_length": length,
+        "without_loops": length - 0.25,
+        "loop_share": 0.5,
+        "tokens_per_second": 100.0 * length,
+        "speed_up": length / 2,
+    }
+
+
+def test_acceptance_tables_state_loops_speed_and_retention() -> None:
+    def at(length: float) -> dict[str, object]:
+        return {"0.0": _measured(length), "1.0": _measured(length)}
+
+    models = {
+        "base": {"plain": at(1.0), "shared": at(3.0)},
+        "math": {"plain": at(1.0), "shared": at(1.5), "private": at(3.5)},
+    }
+    table = acceptance_table({"models": models})
+    assert "| math | private | 3.50 | 3.25 | 50% | 350 | 1.75x | 3.50 | 350 | 1.75x |" in table
+    assert "| math | none | 1.00 |" in table
+    assert "| math | greedy | 25% | 125% |" in retention_table({"models": models})

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from recipes import fine_tune, pretrain
+from recipes.attention import causal_attention, use_blocked_attention
 from recipes.evaluate import greedy_answers, load_model, loops
 from recipes.hardware import Hardware, choose_hardware
 from recipes.head_loss import head_loss
@@ -84,10 +85,27 @@ def test_rate_warms_up_stays_and_decays() -> None:
 
 def test_bfloat16_is_used_only_where_it_is_fast() -> None:
     hardware = choose_hardware()
-    if hardware.device == "cpu" and not torch.cpu._is_amx_tile_supported():
-        assert hardware.compute_dtype == "float32"
-    else:
-        assert hardware.compute_dtype == "bfloat16"
+    has_units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    fast = hardware.device == "cuda" or has_units
+    assert hardware.compute_dtype == ("bfloat16" if fast else "float32")
+
+
+@pytest.mark.parametrize("length", [5, 300])
+def test_blocked_attention_equals_plain_attention(length: int) -> None:
+    torch.manual_seed(0)
+    queries, keys, values = (torch.randn(2, 3, length, 16) for _ in range(3))
+    expected = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+    torch.testing.assert_close(causal_attention(queries, keys, values, 0.25), expected)
+
+
+def test_a_model_with_blocked_attention_gives_the_same_logits(tiny_config: LlamaConfig) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_config)
+    ids = torch.randint(0, tiny_config.vocab_size, (2, 20))
+    with torch.no_grad():
+        expected = model(ids).logits
+        use_blocked_attention(model)
+        torch.testing.assert_close(model(ids).logits, expected)
 
 
 def test_pretraining_learns(
@@ -146,21 +164,28 @@ def test_growing_in_depth_keeps_the_outputs(tiny_config: LlamaConfig) -> None:
 
 def test_growing_run_resumes_in_either_part(
     tiny_config: LlamaConfig,
-    sequences: "np.ndarray[tuple[int, ...], np.dtype[np.uint16]]",
+    encoded: list[EncodedRow],
     hardware: Hardware,
     tmp_path: Path,
 ) -> None:
-    settings = replace(_pretrain_settings(12), num_shallow_layers=1, shallow_share=0.5)
+    settings = replace(_pretrain_settings(12), num_shallow_layers=1, shallow_share=0.5, long_share=0.25)
+    lengths = []
+
+    def sequences_of(length: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint16]]":
+        lengths.append(length)
+        return pack_rows((row.token_ids for row in encoded), length)
+
     log = LossLog(tmp_path / "log.jsonl")
-    model, position = pretrain.train_growing(tiny_config, sequences, settings, hardware, tmp_path, log)
+    model, position = pretrain.train_growing(tiny_config, sequences_of, settings, hardware, tmp_path, log)
     assert (position.step, len(model.model.layers)) == (12, 2)
+    assert lengths == [48, 48, 96]
     # Both parts are complete, so a second call only restores the result.
-    again, position = pretrain.train_growing(tiny_config, sequences, settings, hardware, tmp_path, log)
+    again, position = pretrain.train_growing(tiny_config, sequences_of, settings, hardware, tmp_path, log)
     assert position.step == 12
     torch.testing.assert_close(_parameters(again), _parameters(model), rtol=0, atol=0)
     # Without the second part's checkpoint, it starts where the first part ended.
     (tmp_path / "base_state.safetensors").unlink()
-    repeated, _ = pretrain.train_growing(tiny_config, sequences, settings, hardware, tmp_path, log)
+    repeated, _ = pretrain.train_growing(tiny_config, sequences_of, settings, hardware, tmp_path, log)
     torch.testing.assert_close(_parameters(repeated), _parameters(model), rtol=0, atol=0)
 
 
