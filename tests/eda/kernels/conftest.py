@@ -1,0 +1,26 @@
+"""What tests of the C++ passes share."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from eda.kernels.library import kernels
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # passes.py, also when only this folder is collected
+
+
+@pytest.fixture(scope="session")
+def _needs_kernels() -> None:
+    if kernels() is None:
+        pytest.skip("the C++ passes cannot run here: no AVX512-BF16, no C++ compiler, or EDA_CPU_KERNELS=0")
+
+
+@pytest.fixture
+def _own_thread_number() -> Iterator[None]:
+    """For tests that set torch's number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
