@@ -6,6 +6,7 @@ over the draft's own outputs. Their cache entries lie behind the extended length
 next round.
 """
 
+import math
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
@@ -90,15 +91,19 @@ class Proposer:
         paths: list[list[int]] = [[] for _ in states]
         probabilities: list[list[Tensor]] = [[] for _ in states]
         places = list(range(len(states)))
+        wanted, joint = list(lengths), [0.0] * len(states)
         for step in range(max(lengths)):
-            keep = [index for index, row in enumerate(places) if lengths[row] > step]
+            keep = [index for index, row in enumerate(places) if wanted[row] > step]
+            if not keep:
+                break
             if len(keep) < len(places):
                 places = [places[index] for index in keep]
                 hidden = hidden[torch.tensor(keep, device=self._device)]
             active = [states[row] for row in places]
             contexts = [_context(states[row], tuple(paths[row])) for row in places]
+            logits = self._logits(active, [1] * len(active), hidden)
             columns, draft_probs = propose_chain_tokens(
-                self._logits(active, [1] * len(active), hidden),
+                logits,
                 contexts,
                 [len(states[row].token_ids) + step for row in places],
                 self.draft.draft_token_ids,
@@ -110,7 +115,15 @@ class Proposer:
                 paths[row].append(token)
                 if draft_probs is not None and states[row].is_sampled:
                     probabilities[row].append(draft_probs[index])
-            if step + 1 < max(lengths):
+            if any(state.speculation.min_probability for state in active):
+                chosen = logits.log_softmax(-1).gather(1, columns[:, None])[:, 0].tolist()
+                for row, score in zip(places, chosen, strict=True):
+                    joint[row] += score
+                    if joint[row] < math.log(states[row].speculation.min_probability or 1e-30):
+                        wanted[row] = (
+                            step + 1
+                        )  # the token stays: stopping never depends on one that is thrown away
+            if step + 1 < max(wanted):
                 hidden = self._step(active, hidden, tokens, step, ones=[1] * len(active))
         return [
             Proposal(
@@ -257,6 +270,7 @@ class Proposer:
         for state, num_steps, length in zip(states, steps, lengths, strict=True):
             head = self._draft_head(state.fine_tune)
             row = DraftRow(state.slot_start, state.draft_length, num_steps, start, length)
+            row.min_probability = state.speculation.min_probability
             row.head, row.embedding = head.packed.pointer, head.embedding.data_ptr()
             if state.private is not None and self._kernel is not None:
                 private = self._kernel.private(state.private)

@@ -21,12 +21,15 @@ class Speculation:
         num_speculative_tokens: length of a chain, depth of a tree; 0 pauses drafting.
         tree_top_k: children of an expanded node and nodes expanded in each level.
         tree_num_nodes: draft nodes that the target verifies.
+        min_probability: a chain ends behind a token that makes its joint draft probability fall below this. Where the
+            draft is unsure, further tokens would cost more than they bring; where it is sure, chains may be long.
     """
 
     mode: Literal["none", "chain", "tree"] = "chain"
     num_speculative_tokens: int = 5
     tree_top_k: int = 4
     tree_num_nodes: int = 16
+    min_probability: float = 0.0
 
     def __post_init__(self) -> None:
         if self.mode not in ("none", "chain", "tree"):
@@ -36,6 +39,8 @@ class Speculation:
         for name in ("tree_top_k", "tree_num_nodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0.0 <= self.min_probability < 1.0:
+            raise ValueError(f"min_probability is {self.min_probability}; it must be from 0 to below 1")
 
     @property
     def slots(self) -> int:

@@ -20,6 +20,8 @@ struct DraftRow {
   int64_t first_slot;
   int32_t length, num_steps;
   int32_t first_token, num_tokens;  // its part of the extension
+  float min_probability;            // a chain ends behind a token that makes its joint probability fall below this
+  int32_t unused;
   const Packed* head;
   const bf16* embedding;  // [vocabulary, hidden]
   const Packed *private_gate_up, *private_down;
@@ -169,11 +171,10 @@ struct DraftTokens {
   }
 };
 
-// Greedy chains from `hidden [num_rows, H]`. Writes each row's tokens to `out [num_rows, max_steps]`; a row ends after
-// `num_steps`, or earlier behind a token that makes its joint probability fall below `min_probability`.
+// Greedy chains from `hidden [num_rows, H]`. Writes each row's tokens to `out [num_rows, max_steps]`.
 void draft_chains(Pool& pool, const Draft& draft, const Shape& shape, const Tokens& cache, const float* cos_table,
                   const float* sin_table, std::vector<DraftRow> rows, const float* start, int max_steps,
-                  float min_probability, int64_t* out, int32_t* num_out) {
+                  int64_t* out, int32_t* num_out) {
   const int size = shape.hidden;
   float* hidden = draft_scratch.hidden.of(int64_t(rows.size()) * size);
   float* logits = draft_scratch.logits.of(int64_t(rows.size()) * draft.num_columns);
@@ -199,7 +200,7 @@ void draft_chains(Pool& pool, const Draft& draft, const Shape& shape, const Toke
       const int64_t token = draft.token_ids[column];
       out[int64_t(b) * max_steps + num_out[b]++] = token;
       joint[b] += score;
-      if (num_out[b] >= row.num_steps || joint[b] < std::log(min_probability)) continue;
+      if (num_out[b] >= row.num_steps || joint[b] < std::log(row.min_probability)) continue;
       const int at = row.length + num_out[b] - 1;
       step.add(shape, row, at, at, {row.first_slot, at + 1, 0, nullptr}, token, cos_table, sin_table);
       if (int(going.size()) != i)

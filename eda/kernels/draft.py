@@ -104,14 +104,12 @@ class DraftKernel:
         token_ids: Sequence[int],
         batch: PackedBatch,
         segments: Sequence[PrivateSegment],
-        min_probability: float = 0.0,
     ) -> tuple[Tensor, list[list[int]]]:
         """Feeds target features to the draft, and drafts each row's greedy chain of ``num_steps`` tokens.
 
         Args:
             features: bfloat16 ``[T, 3H]``; each row's tokens are ``first_token`` to ``first_token + num_tokens``.
             token_ids: ``T`` ids, of the token behind each feature.
-            min_probability: a chain ends behind a token that makes its joint draft probability fall below this.
 
         Returns:
             The output of each row's last token, float32 ``[B, H]``, and the chains.
@@ -145,7 +143,6 @@ class DraftKernel:
             (DraftRow * len(rows))(*rows),
             len(rows),
             longest,
-            ctypes.c_float(min_probability),
             as_pointer(hidden),
             out,
             counts,

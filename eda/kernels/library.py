@@ -150,6 +150,8 @@ class DraftRow(ctypes.Structure):
         ("num_steps", ctypes.c_int32),
         ("first_token", ctypes.c_int32),
         ("num_tokens", ctypes.c_int32),
+        ("min_probability", ctypes.c_float),
+        ("unused", ctypes.c_int32),
         ("head", ctypes.c_void_p),
         ("embedding", ctypes.c_void_p),
         ("private_gate_up", ctypes.c_void_p),
