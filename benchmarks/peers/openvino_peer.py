@@ -5,6 +5,7 @@ installed beside the project, ``--openvino-exporter`` names the Python of an env
 """
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -49,8 +50,14 @@ def _export(model: PeerModel) -> Path:
         *("--weight-format", "fp32" if model.dtype == torch.float32 else "fp16"),
         str(unfinished.resolve()),
     ]
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+    }  # everything is at hand, so nothing shall be waited for
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=EXPORT_TIMEOUT, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=EXPORT_TIMEOUT, check=False, env=environment
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise MissingPeerError(f"the export did not run: {error}") from error
     if not (unfinished / "openvino_model.xml").exists():
