@@ -70,6 +70,8 @@ def export_draft(
         }
         save_file(weights, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
         (unfinished / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        # safetensors writes files that nobody else may read, whatever the umask says.
+        (unfinished / WEIGHTS_FILE).chmod((unfinished / CONFIG_FILE).stat().st_mode & 0o777)
         sync_tree(unfinished)
         unfinished.rename(directory)
     except BaseException:

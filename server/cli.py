@@ -8,6 +8,7 @@ app = typer.Typer(
     name="eda",
     help="LLM inference with speculative decoding and a private draft module for each fine-tune.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",  # with the default one, "[auto]" in a help text would be read as markup and vanish
     pretty_exceptions_enable=False,
 )
 app.command("serve")(serve.serve)

@@ -68,13 +68,20 @@ def serve(
     models_dir: Annotated[
         Path | None, typer.Option(help="Family of models. [bundled]", rich_help_panel=PATH)
     ] = None,
-    target: Annotated[Path | None, typer.Option(help="Base model directory.", rich_help_panel=PATH)] = None,
-    draft: Annotated[Path | None, typer.Option(help="Shared draft directory.", rich_help_panel=PATH)] = None,
+    target: Annotated[
+        Path | None, typer.Option(help="Base model directory. [models_dir/base]", rich_help_panel=PATH)
+    ] = None,
+    draft: Annotated[
+        Path | None, typer.Option(help="Shared draft directory. [models_dir/draft]", rich_help_panel=PATH)
+    ] = None,
     no_draft: Annotated[
         bool, typer.Option("--no-draft", help="Serve without a draft.", rich_help_panel=PATH)
     ] = False,
     fine_tune: Annotated[
-        list[str] | None, typer.Option(help="NAME=DIRECTORY; may be repeated.", rich_help_panel=PATH)
+        list[str] | None,
+        typer.Option(
+            help="NAME=DIRECTORY; may be repeated. [the others in models_dir]", rich_help_panel=PATH
+        ),
     ] = None,
     data_dir: Annotated[
         Path | None, typer.Option(help="Where adapters and jobs are kept. [./var]", rich_help_panel=PATH)
@@ -86,7 +93,7 @@ def serve(
         str | None, typer.Option(help="auto, cpu, cuda or cuda:1. [auto]", rich_help_panel=ENGINE)
     ] = None,
     num_threads: Annotated[
-        int | None, typer.Option(help="CPU threads of the model.", rich_help_panel=ENGINE)
+        int | None, typer.Option(help="CPU threads of the model. [all cores]", rich_help_panel=ENGINE)
     ] = None,
     cache_mib: Annotated[
         int | None, typer.Option(help="Memory of the key/value cache, MiB. [1024]", rich_help_panel=ENGINE)
@@ -104,7 +111,8 @@ def serve(
         int | None, typer.Option(help="Tokens in one target pass. [512]", rich_help_panel=ENGINE)
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="File of `eda bench calibrate`.", rich_help_panel=ENGINE)
+        Path | None,
+        typer.Option(help="File of `eda bench calibrate`. [a built-in table]", rich_help_panel=ENGINE),
     ] = None,
     request_timeout: Annotated[
         float | None, typer.Option(help="Seconds until a request is given up. [600]")
@@ -118,7 +126,7 @@ def serve(
         bool, typer.Option("--print-config", help="Print the effective settings and end.")
     ] = False,
 ) -> None:
-    """Serve models over HTTP. Every setting can also be given as EDA_<NAME> or in the TOML file.
+    """Serve models over HTTP. Every setting can also be given as `EDA_<NAME>` or in the TOML file.
 
     Without flags: the bundled family on 127.0.0.1:8000, data in ./var. Keys come from EDA_API_KEYS,
     EDA_API_KEYS_FILE, EDA_ADMIN_KEY and EDA_ADMIN_KEY_FILE; without an administration key only loopback addresses are

@@ -152,6 +152,7 @@ def test_what_the_configuration_and_the_maps_say(family: Family, tmp_path: Path)
     reference = Reference(tmp_path / "out")
     document, weights = reference.document, reference.weights
     assert document["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
     assert document["intermediate_size"] == draft.config.intermediate_size + 20
     assert (document["vocab_size"], document["draft_vocab_size"]) == (96, 60)
     assert document["eagle_aux_hidden_state_layer_ids"] == [1, 2, 4]  # taps 0, 1 and 3; 0 is the embedding
