@@ -19,7 +19,7 @@ from eda.kernels.draft import DraftHead, DraftKernel, supports
 from eda.kernels.library import DraftRow
 from eda.lora import LoraAdapter
 from eda.private import PrivateSegment
-from eda.sampling import LogitsContext, draft_scores, propose_chain_tokens
+from eda.sampling import LogitsContext, draft_scores, draw_uniforms, propose_chain_tokens
 from eda.state import SequenceState
 from eda.target import FineTune, TargetModel
 from eda.verification import Proposal
@@ -68,19 +68,50 @@ class Proposer:
         for state, length in zip(states, lengths, strict=True):
             state.draft_length += length
         if self._kernel is not None:
-            drafts = chain_lengths is not None and all(
-                state.sampling.takes_likeliest or not steps
-                for state, steps in zip(states, chain_lengths, strict=True)
-            )
-            steps = chain_lengths if drafts and chain_lengths is not None else [0] * len(states)
-            rows = self._kernel_rows(states, steps, lengths)
-            hidden, chains = self._kernel.extend(rows, features, tokens, batch, segments)
-            return hidden, [Proposal.chain(path) for path in chains] if drafts else None
+            return self._extend_in_kernel(states, chain_lengths, features, lengths, tokens, batch, segments)
         ids = torch.tensor(tokens, device=self._device)
         fused = self.draft.fuse(features, segments)
         hidden = self.draft(fused, self._embed(states, lengths, ids), batch, self.cache, segments)
         last = torch.tensor(lengths, device=self._device).cumsum(0) - 1
         return hidden[last], None
+
+    def _extend_in_kernel(
+        self,
+        states: Sequence[SequenceState],
+        chain_lengths: Sequence[int] | None,
+        features: Tensor,
+        lengths: Sequence[int],
+        tokens: Sequence[int],
+        batch: PackedBatch,
+        segments: Sequence[PrivateSegment],
+    ) -> tuple[Tensor, list[Proposal] | None]:
+        kernel = self._kernel
+        assert kernel is not None
+        steps = chain_lengths
+        if steps is None or not all(
+            _has_plain_scores(state, any_temperature=True) or not count
+            for state, count in zip(states, steps, strict=True)
+        ):
+            steps = None
+        rows = self._kernel_rows(states, steps or [0] * len(states), lengths)
+        drawn = [steps is not None and state.is_sampled for state in states]
+        uniforms = None
+        if any(drawn):
+            count = len(states) * max(row.num_steps for row in rows)
+            uniforms = draw_uniforms(count, self._generator, self._device).view(len(states), -1)
+            for row, state, is_drawn in zip(rows, states, drawn, strict=True):
+                row.temperature = state.sampling.temperature if is_drawn else 0.0
+        hidden, chains, probabilities = kernel.extend(rows, features, tokens, batch, segments, uniforms)
+        if steps is None:
+            return hidden, None
+        if probabilities is None:
+            return hidden, [Proposal.chain(chain) for chain in chains]
+        return hidden, [
+            Proposal.chain(chain, probabilities[place, : len(chain)], self.draft.draft_token_ids)
+            if drawn[place] and chain
+            else Proposal.chain(chain)
+            for place, chain in enumerate(chains)
+        ]
 
     # chains
 
@@ -339,11 +370,18 @@ class Proposer:
         return head
 
 
-def _has_plain_scores(state: SequenceState) -> bool:
-    """Whether the draft's own probabilities are the ones to rank tokens by: nothing changes logits, no seed."""
+def _has_plain_scores(state: SequenceState, *, any_temperature: bool = False) -> bool:
+    """Whether the draft's own probabilities are the ones to choose by: nothing changes its logits, there is no seed.
+
+    With ``any_temperature`` a temperature may flatten or sharpen them.
+    """
     params = state.sampling
-    is_seeded = params.seed is not None and not params.is_greedy
-    return not (params.edits_logits or params.reshapes_distribution or is_seeded)
+    if params.edits_logits:
+        return False
+    if params.is_greedy:
+        return True
+    cuts = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+    return params.seed is None and not cuts and (any_temperature or params.temperature == 1.0)
 
 
 def in_draft_order(states: Sequence[SequenceState]) -> list[int]:

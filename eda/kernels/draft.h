@@ -21,7 +21,7 @@ struct DraftRow {
   int32_t length, num_steps;
   int32_t first_token, num_tokens;  // its part of the extension
   float min_probability;            // a chain ends behind a token that makes its joint probability fall below this
-  int32_t unused;
+  float temperature;                // 0 takes the likeliest token, else tokens are drawn
   const Packed* head;
   const bf16* embedding;  // [vocabulary, hidden]
   const Packed *private_gate_up, *private_down;
@@ -133,6 +133,47 @@ void best_columns(const float* logits, int num_columns, int count, int* columns,
   for (int i = 0; i < count; ++i) scores[i] -= log_total;
 }
 
+// Draws from the softmax of `logits / temperature`, whose probabilities are written to `probabilities`, by inverting the
+// cumulative sum at `uniform` from [0, 1). Returns the column.
+int draw_column(const float* logits, int num_columns, float temperature, double uniform, float* probabilities) {
+  const float top = logits[likeliest(logits, num_columns)], inverse = 1.0f / temperature;
+  __m512 total = _mm512_setzero_ps();
+  for (int first = 0; first < num_columns; first += 16) {
+    const __mmask16 live = __mmask16((1u << std::min(16, num_columns - first)) - 1);
+    const __m512 part = _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), live, logits + first);
+    const __m512 weight = exp_ps(_mm512_mul_ps(_mm512_sub_ps(part, _mm512_set1_ps(top)), _mm512_set1_ps(inverse)));
+    _mm512_mask_storeu_ps(probabilities + first, live, weight);
+    total = _mm512_add_ps(total, weight);
+  }
+  const __m512 scale = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
+  double sum = 0.0;
+  for (int first = 0; first < num_columns; first += 16) {
+    const __mmask16 live = __mmask16((1u << std::min(16, num_columns - first)) - 1);
+    const __m512 part = _mm512_mul_ps(_mm512_maskz_loadu_ps(live, probabilities + first), scale);
+    _mm512_mask_storeu_ps(probabilities + first, live, part);
+    sum += _mm512_reduce_add_ps(part);
+  }
+  double reached = 0.0;
+  const double wanted = uniform * sum;
+  int last = 0;  // the last column with any mass, in case rounding never reaches what is wanted
+  for (int first = 0; first < num_columns; first += 16) {
+    const __mmask16 live = __mmask16((1u << std::min(16, num_columns - first)) - 1);
+    const float block = _mm512_reduce_add_ps(_mm512_maskz_loadu_ps(live, probabilities + first));
+    if (reached + block <= wanted) {
+      if (block > 0) last = first;
+      reached += block;
+      continue;
+    }
+    for (int column = first; column < std::min(first + 16, num_columns); ++column) {
+      reached += probabilities[column];
+      if (probabilities[column] > 0) last = column;
+      if (reached > wanted && probabilities[column] > 0) return column;
+    }
+  }
+  while (last + 1 < num_columns && !(probabilities[last] > 0)) ++last;
+  return last;
+}
+
 // What one pass of draft steps needs, filled anew for each: tokens grouped by the row that they belong to.
 struct DraftTokens {
   Tokens tokens{};
@@ -171,10 +212,12 @@ struct DraftTokens {
   }
 };
 
-// Greedy chains from `hidden [num_rows, H]`. Writes each row's tokens to `out [num_rows, max_steps]`.
+// Chains from `hidden [num_rows, H]`. Writes each row's tokens to `out [num_rows, max_steps]`. Rows that draw their tokens
+// take them from `uniforms [num_rows, max_steps]` and leave the distributions in `probabilities [num_rows, max_steps,
+// num_columns]`.
 void draft_chains(Pool& pool, const Draft& draft, const Shape& shape, const Tokens& cache, const float* cos_table,
                   const float* sin_table, std::vector<DraftRow> rows, const float* start, int max_steps,
-                  int64_t* out, int32_t* num_out) {
+                  const double* uniforms, float* probabilities, int64_t* out, int32_t* num_out) {
   const int size = shape.hidden;
   float* hidden = draft_scratch.hidden.of(int64_t(rows.size()) * size);
   float* logits = draft_scratch.logits.of(int64_t(rows.size()) * draft.num_columns);
@@ -196,7 +239,15 @@ void draft_chains(Pool& pool, const Draft& draft, const Shape& shape, const Toke
       DraftRow& row = rows[b];
       int column;
       float score;
-      best_columns(logits + int64_t(i) * draft.num_columns, draft.num_columns, 1, &column, &score);
+      const float* line = logits + int64_t(i) * draft.num_columns;
+      if (row.temperature > 0) {
+        const int64_t place = int64_t(b) * max_steps + num_out[b];
+        float* own = probabilities + place * draft.num_columns;
+        column = draw_column(line, draft.num_columns, row.temperature, uniforms[place], own);
+        score = std::log(own[column]);
+      } else {
+        best_columns(line, draft.num_columns, 1, &column, &score);
+      }
       const int64_t token = draft.token_ids[column];
       out[int64_t(b) * max_steps + num_out[b]++] = token;
       joint[b] += score;

@@ -104,15 +104,19 @@ class DraftKernel:
         token_ids: Sequence[int],
         batch: PackedBatch,
         segments: Sequence[PrivateSegment],
-    ) -> tuple[Tensor, list[list[int]]]:
-        """Feeds target features to the draft, and drafts each row's greedy chain of ``num_steps`` tokens.
+        uniforms: Tensor | None = None,
+    ) -> tuple[Tensor, list[list[int]], Tensor | None]:
+        """Feeds target features to the draft, and drafts each row's chain of ``num_steps`` tokens.
 
         Args:
             features: bfloat16 ``[T, 3H]``; each row's tokens are ``first_token`` to ``first_token + num_tokens``.
             token_ids: ``T`` ids, of the token behind each feature.
+            uniforms: float64 ``[B, longest chain]`` in [0, 1), where rows have a temperature: what their tokens are
+                drawn by.
 
         Returns:
-            The output of each row's last token, float32 ``[B, H]``, and the chains.
+            The output of each row's last token, float32 ``[B, H]``; the chains; and with ``uniforms`` the distributions
+            that were drawn from, ``[B, longest chain, V_draft]``, undefined where nothing was.
         """
         longest = max(row.num_steps for row in rows)
         cos_table, sin_table = self._angles(max(row.length for row in rows) + longest)
@@ -129,6 +133,9 @@ class DraftKernel:
         hidden = torch.empty(len(rows), self._draft.config.hidden_size)
         out = (ctypes.c_int64 * (len(rows) * longest))()
         counts = (ctypes.c_int32 * len(rows))()
+        probabilities = None
+        if uniforms is not None:
+            probabilities = torch.empty(len(rows), longest, self._draft.config.draft_vocab_size)
         shape = self._shape(segments)
         self._library.eda_draft_round(
             num_threads(),
@@ -143,11 +150,14 @@ class DraftKernel:
             (DraftRow * len(rows))(*rows),
             len(rows),
             longest,
+            None if uniforms is None else as_pointer(uniforms),
+            None if probabilities is None else as_pointer(probabilities),
             as_pointer(hidden),
             out,
             counts,
         )
-        return hidden, [out[row * longest : row * longest + count] for row, count in enumerate(counts)]
+        chains = [out[row * longest : row * longest + count] for row, count in enumerate(counts)]
+        return hidden, chains, probabilities
 
     def _private_weights(self, segments: Sequence[PrivateSegment]) -> list[SegmentWeights]:
         special = []

@@ -87,10 +87,11 @@ struct Run {
   float* residual;  // [count, hidden]
   bf16 *input, *qkv, *attended, *normal, *inner, *private_inner, *low_rank;
   float* scores;
-  int64_t score_stride;
+  int64_t score_stride, low_stride;  // of `low_rank`: the widest inner sums of all LoRAs in the pass, 0 without one
 
-  Run(Pool& p, const Shape& s, const Tokens& t) : pool(p), shape(s), tokens(t) {
+  Run(Pool& p, const Shape& s, const Tokens& t, int num_layers = 1) : pool(p), shape(s), tokens(t) {
     const size_t count = t.count;
+    low_stride = widest_rank(num_layers);
     residual = scratch.residual.of(count * s.hidden);
     input = scratch.input.of(count * s.qkv_inputs);
     qkv = scratch.qkv.of(count * qkv_size());
@@ -98,7 +99,7 @@ struct Run {
     normal = scratch.normal.of(count * s.hidden);
     inner = scratch.inner.of(count * s.intermediate);
     private_inner = scratch.private_inner.of(count * s.intermediate);
-    low_rank = scratch.low_rank.of(count * rank_stride());
+    low_rank = scratch.low_rank.of(count * low_stride);
     score_stride = 0;
     for (int i = 0; i < t.count; ++i) score_stride = std::max<int64_t>(score_stride, t.visible[i].count());
     score_stride = 2 * ((score_stride + 15) & ~15);
@@ -107,12 +108,14 @@ struct Run {
 
   int64_t qkv_size() const { return int64_t(shape.heads + 2 * shape.key_heads) * shape.head_size; }
 
-  int64_t rank_stride() const {
+  // Layers of a LoRA differ in rank, or have no update at all.
+  int widest_rank(int num_layers) const {
     int widest = 0;
     for (int i = 0; i < tokens.num_segments; ++i)
       if (const LoraLayer* lora = tokens.segments[i].lora)
-        for (const LowRank* part : {&lora->qkv, &lora->output, &lora->gate_up, &lora->down})
-          if (part->a.data) widest = std::max(widest, part->a.n);
+        for (int index = 0; index < num_layers; ++index)
+          for (const LowRank* part : {&lora[index].qkv, &lora[index].output, &lora[index].gate_up, &lora[index].down})
+            if (part->a.data) widest = std::max(widest, part->a.n);
     return widest;
   }
 
@@ -120,7 +123,6 @@ struct Run {
   template <class Finish>
   void product(int rank, const bf16* given, int64_t stride, const Packed& weight, int layer, LowRank LoraLayer::*part,
                const Finish& finish) {
-    const int64_t low_stride = rank_stride();
     if (low_stride) {
       for (int i = 0; i < tokens.num_segments; ++i) {
         const Segment& segment = tokens.segments[i];

@@ -151,7 +151,7 @@ class DraftRow(ctypes.Structure):
         ("first_token", ctypes.c_int32),
         ("num_tokens", ctypes.c_int32),
         ("min_probability", ctypes.c_float),
-        ("unused", ctypes.c_int32),
+        ("temperature", ctypes.c_float),
         ("head", ctypes.c_void_p),
         ("embedding", ctypes.c_void_p),
         ("private_gate_up", ctypes.c_void_p),

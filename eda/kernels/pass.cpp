@@ -20,7 +20,7 @@ void eda_run_target(int num_threads, const Shape* shape, const Layer* layers, in
                     int64_t* best) {
   std::lock_guard<std::mutex> lock(pool_lock());
   Pool& pool = pool_of(num_threads);
-  Run run(pool, *shape, *tokens);
+  Run run(pool, *shape, *tokens, num_layers);
   const int size = shape->hidden;
   bf16* chosen = run.normal;  // free once the layers are done
   if (!logits && num_wanted) logits = head_scratch.of(int64_t(num_wanted) * num_outputs);
@@ -70,8 +70,8 @@ void eda_run_head(int num_threads, const Packed* head, const bf16* hidden, int r
 // `qkv`. `hidden [num_rows, hidden]` takes the output of each row's last token.
 void eda_draft_round(int num_threads, const Draft* draft, const Shape* shape, const Tokens* tokens, const Tokens* fused,
                      const bf16* features, const int64_t* token_ids, const float* cos_table, const float* sin_table,
-                     const DraftRow* rows, int num_rows, int max_steps, float* hidden,
-                     int64_t* out, int32_t* num_out) {
+                     const DraftRow* rows, int num_rows, int max_steps, const double* uniforms,
+                     float* probabilities, float* hidden, int64_t* out, int32_t* num_out) {
   std::lock_guard<std::mutex> lock(pool_lock());
   Pool& pool = pool_of(num_threads);
   const int size = shape->hidden;
@@ -87,7 +87,7 @@ void eda_draft_round(int num_threads, const Draft* draft, const Shape* shape, co
                 sizeof(float) * size);
   if (max_steps)
     draft_chains(pool, *draft, *shape, *tokens, cos_table, sin_table, std::vector<DraftRow>(rows, rows + num_rows),
-                 hidden, max_steps, out, num_out);
+                 hidden, max_steps, uniforms, probabilities, out, num_out);
 }
 
 // The draft's layer over `hidden [count, hidden]`, in place; `embeddings [count, hidden]`.
