@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from server.app import create_app
 from server.loading import load_runtime
 from server.services import Services
 from server.settings import Settings
-from tests.server.serving import serve
+from tests.server.family import Family
+from tests.server.serving import make_parts, serve
 
 PAGE = Path(__file__).parents[2] / "docs" / "http-api.md"
 ADDRESS = "http://127.0.0.1:8000"
@@ -38,11 +40,11 @@ def whole_server(family_directory: Path, tmp_path: Path) -> Iterator[str]:
 def commands(page: str) -> list[str]:
     """The lines of all bash blocks, continued ones joined."""
     script = "\n".join(re.findall(r"```bash\n(.*?)```", page, re.DOTALL))
-    return [part for part in re.split(r"\n(?=curl|JOB=|for )", script) if part.strip()]
+    return [part for part in re.split(r"\n(?=curl|JOB=|for |printf)", script) if part.strip()]
 
 
 @pytest.mark.skipif(not (shutil.which("curl") and shutil.which("jq")), reason="needs curl and jq")
-def test_every_curl_of_the_page(whole_server: str) -> None:
+def test_every_curl_of_the_page(whole_server: str, tmp_path: Path) -> None:
     found = commands(PAGE.read_text(encoding="utf-8"))
     assert len(found) > 25
     lines = ["set -euo pipefail", "curl() { command curl --fail-with-body --noproxy '*' \"$@\"; }"]
@@ -51,6 +53,27 @@ def test_every_curl_of_the_page(whole_server: str) -> None:
         # A job without a worker waits for ever, and so does the stream of its events.
         lines.append(f"{command} || [ $? = 28 ]" if "/events" in command else command)
         lines.append("echo")
-    result = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        ["bash", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     assert '"mean_acceptance_length"' in result.stdout
+
+
+def test_every_endpoint_has_a_curl(family: Family) -> None:
+    """Every operation of the OpenAPI description is called on the page, by its method and path."""
+    called = []
+    for command in commands(PAGE.read_text(encoding="utf-8")):
+        for address in re.findall(rf"{ADDRESS}(/[^\s'\"|]*)", command):
+            method = re.search(r"-X (\w+)", command)
+            has_body = " -d " in command or " -F " in command
+            called.append((method[1] if method else "POST" if has_body else "GET", address.partition("?")[0]))
+    missing = []
+    for path, operations in create_app(make_parts(family).services).openapi()["paths"].items():
+        shape = re.compile(re.sub(r"\{\w+\}", "[^/]+", path))
+        # A fixed path such as /adapters/upload is no example of /adapters/{name}.
+        fixed = {other for _, other in called if other in {"/adapters/upload"}} - {path}
+        for method in operations:
+            if not any(m == method.upper() and shape.fullmatch(p) and p not in fixed for m, p in called):
+                missing.append((method, path))
+    assert missing == []
