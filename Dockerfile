@@ -2,8 +2,10 @@
 #
 #   docker build -t eda-server --build-arg TORCH_INDEX=... .     # the CPU image: an index with torch's CPU wheels
 #   docker build -t eda-server:cuda .                            # the default index holds CUDA wheels
+#   docker build -t eda-server --build-arg COMPILER= .           # smaller; CPUs compute with torch alone
 #   docker run -p 8000:8000 -e EDA_ADMIN_KEY=... -v "$PWD/models:/models:ro" -v eda-data:/data eda-server
 #
+# Nothing is downloaded at run time; for EDA_ALLOW_HUB=true give -e HF_HUB_OFFLINE=0 as well.
 # It listens on all addresses of the container, so it does not start without EDA_ADMIN_KEY or EDA_ADMIN_KEY_FILE.
 
 ARG PYTHON=3.11
@@ -24,11 +26,17 @@ COPY server server
 RUN /opt/eda/bin/pip install -c constraints.txt . && /opt/eda/bin/eda --help > /dev/null
 
 FROM python:${PYTHON}-slim
+# The passes for CPUs with bfloat16 units are compiled on the machine that runs them, once, and kept in /data.
+ARG COMPILER=g++
+RUN if [ -n "${COMPILER}" ]; then \
+        apt-get update && apt-get install -y --no-install-recommends ${COMPILER} && rm -rf /var/lib/apt/lists/*; \
+    fi
 RUN useradd --system --uid 10001 --create-home eda && install -d -o eda -g eda /data /models
 COPY --from=build /opt/eda /opt/eda
 ENV PATH=/opt/eda/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HF_HUB_OFFLINE=1 \
+    XDG_CACHE_HOME=/data/.cache \
     EDA_HOST=0.0.0.0 \
     EDA_PORT=8000 \
     EDA_MODELS_DIR=/models \
