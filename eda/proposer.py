@@ -15,11 +15,11 @@ from torch import Tensor
 
 from eda.attention import AttentionRow, PackedBatch
 from eda.draft import DraftModel
-from eda.kernels.draft import DraftHead, DraftKernel, supports
-from eda.kernels.library import DraftRow
+from eda.kernel_proposals import KernelProposals, has_plain_scores
+from eda.kernels.draft import supports
 from eda.lora import LoraAdapter
 from eda.private import PrivateSegment
-from eda.sampling import LogitsContext, draft_scores, draw_uniforms, propose_chain_tokens
+from eda.sampling import LogitsContext, draft_scores, propose_chain_tokens
 from eda.state import SequenceState
 from eda.target import FineTune, TargetModel
 from eda.verification import Proposal
@@ -35,8 +35,7 @@ class Proposer:
         self._device = draft.fc.weight.device
         # Keyed weakly: the rows of a fine-tune that is unloaded go with it.
         self._head_rows: WeakKeyDictionary[TargetModel | LoraAdapter, Tensor] = WeakKeyDictionary()
-        self._heads: WeakKeyDictionary[TargetModel | LoraAdapter, DraftHead] = WeakKeyDictionary()
-        self._kernel = DraftKernel(draft, self.cache) if supports(draft) else None
+        self._fast = KernelProposals(draft, self.cache, generator) if supports(draft) else None
 
     # extension
 
@@ -67,51 +66,13 @@ class Proposer:
         segments = _private_segments(states, lengths)
         for state, length in zip(states, lengths, strict=True):
             state.draft_length += length
-        if self._kernel is not None:
-            return self._extend_in_kernel(states, chain_lengths, features, lengths, tokens, batch, segments)
+        if self._fast is not None:
+            return self._fast.extend(states, chain_lengths, features, lengths, tokens, batch, segments)
         ids = torch.tensor(tokens, device=self._device)
         fused = self.draft.fuse(features, segments)
         hidden = self.draft(fused, self._embed(states, lengths, ids), batch, self.cache, segments)
         last = torch.tensor(lengths, device=self._device).cumsum(0) - 1
         return hidden[last], None
-
-    def _extend_in_kernel(
-        self,
-        states: Sequence[SequenceState],
-        chain_lengths: Sequence[int] | None,
-        features: Tensor,
-        lengths: Sequence[int],
-        tokens: Sequence[int],
-        batch: PackedBatch,
-        segments: Sequence[PrivateSegment],
-    ) -> tuple[Tensor, list[Proposal] | None]:
-        kernel = self._kernel
-        assert kernel is not None
-        steps = chain_lengths
-        if steps is None or not all(
-            _has_plain_scores(state, any_temperature=True) or not count
-            for state, count in zip(states, steps, strict=True)
-        ):
-            steps = None
-        rows = self._kernel_rows(states, steps or [0] * len(states), lengths)
-        drawn = [steps is not None and state.is_sampled for state in states]
-        uniforms = None
-        if any(drawn):
-            count = len(states) * max(row.num_steps for row in rows)
-            uniforms = draw_uniforms(count, self._generator, self._device).view(len(states), -1)
-            for row, state, is_drawn in zip(rows, states, drawn, strict=True):
-                row.temperature = state.sampling.temperature if is_drawn else 0.0
-        hidden, chains, probabilities = kernel.extend(rows, features, tokens, batch, segments, uniforms)
-        if steps is None:
-            return hidden, None
-        if probabilities is None:
-            return hidden, [Proposal.chain(chain) for chain in chains]
-        return hidden, [
-            Proposal.chain(chain, probabilities[place, : len(chain)], self.draft.draft_token_ids)
-            if drawn[place] and chain
-            else Proposal.chain(chain)
-            for place, chain in enumerate(chains)
-        ]
 
     # chains
 
@@ -184,13 +145,9 @@ class Proposer:
         Each level expands the ``top_k`` nodes with the highest joint draft probability into ``top_k`` children; of all
         nodes the best ``num_nodes`` are proposed. A child is never likelier than its parent, so the choice is a tree.
         """
-        if self._kernel is not None and all(_has_plain_scores(state) for state in states):
-            parts = [_private_segments([state], [1]) for state in states]
-            rows = self._kernel_rows(states, [depth] * len(states), [0] * len(states))
-            return [
-                Proposal(*self._kernel.tree(row, start, part, top_k, num_nodes))
-                for row, start, part in zip(rows, hidden, parts, strict=True)
-            ]
+        if self._fast is not None and all(has_plain_scores(state) for state in states):
+            alone = [_private_segments([state], [1]) for state in states]
+            return self._fast.trees(states, hidden, alone, top_k=top_k, depth=depth, num_nodes=num_nodes)
         num_rows = len(states)
         positions = [len(state.token_ids) for state in states]
         paths: list[list[tuple[int, ...]]] = [[()] for _ in states]
@@ -288,27 +245,10 @@ class Proposer:
         self, hidden: Tensor, embeddings: Tensor, batch: PackedBatch, segments: Sequence[PrivateSegment]
     ) -> Tensor:
         """One pass of the draft's layer."""
-        if self._kernel is not None:
-            return self._kernel.forward(hidden, embeddings, batch, segments)
+        if self._fast is not None:
+            return self._fast.kernel.forward(hidden, embeddings, batch, segments)
         output: Tensor = self.draft(hidden, embeddings, batch, self.cache, segments)
         return output
-
-    def _kernel_rows(
-        self, states: Sequence[SequenceState], steps: Sequence[int], lengths: Sequence[int]
-    ) -> list[DraftRow]:
-        rows = []
-        start = 0
-        for state, num_steps, length in zip(states, steps, lengths, strict=True):
-            head = self._draft_head(state.fine_tune)
-            row = DraftRow(state.slot_start, state.draft_length, num_steps, start, length)
-            row.min_probability = state.speculation.min_probability
-            row.head, row.embedding = head.packed.pointer, head.embedding.data_ptr()
-            if state.private is not None and self._kernel is not None:
-                private = self._kernel.private(state.private)
-                row.private_gate_up, row.private_down = private.gate_up, private.down
-            rows.append(row)
-            start += length
-        return rows
 
     def _pack(
         self,
@@ -340,65 +280,30 @@ class Proposer:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _logits(self, states: Sequence[SequenceState], counts: Sequence[int], hidden: Tensor) -> Tensor:
-        kernel = self._kernel
+        fast = self._fast
         parts = [
             self.draft.logits(hidden[start:end], self._rows_of_head(fine_tune))
-            if kernel is None
-            else kernel.logits(hidden[start:end], self._draft_head(fine_tune))
+            if fast is None
+            else fast.kernel.logits(hidden[start:end], fast.head(fine_tune))
             for fine_tune, start, end in _runs(states, counts)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _rows_of_head(self, fine_tune: FineTune) -> Tensor:
         """The fine-tune's output rows of the draft vocabulary, gathered once."""
-        rows = self._head_rows.get(_output_owner(fine_tune))
+        rows = self._head_rows.get(fine_tune.output_owner)
         if rows is None:
             rows = fine_tune.head_rows(self.draft.draft_token_ids)
-            self._head_rows[_output_owner(fine_tune)] = rows
+            self._head_rows[fine_tune.output_owner] = rows
         return rows
-
-    def _draft_head(self, fine_tune: FineTune) -> DraftHead:
-        """The same for the C++ passes, with the embeddings that go with it."""
-        owner = _output_owner(fine_tune)
-        head = self._heads.get(owner)
-        if head is None:
-            embedding: Tensor = fine_tune.model.embedding
-            if owner is not fine_tune.model:
-                embedding = fine_tune.embed(torch.arange(embedding.shape[0]))
-            head = DraftHead(fine_tune.head_rows(self.draft.draft_token_ids), embedding)
-            self._heads[owner] = head
-        return head
-
-
-def _has_plain_scores(state: SequenceState, *, any_temperature: bool = False) -> bool:
-    """Whether the draft's own probabilities are the ones to choose by: nothing changes its logits, there is no seed.
-
-    With ``any_temperature`` a temperature may flatten or sharpen them.
-    """
-    params = state.sampling
-    if params.edits_logits:
-        return False
-    if params.is_greedy:
-        return True
-    cuts = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
-    return params.seed is None and not cuts and (any_temperature or params.temperature == 1.0)
 
 
 def in_draft_order(states: Sequence[SequenceState]) -> list[int]:
     """Indices of ``states`` so that equal output layers and equal private modules stand together."""
     return sorted(
         range(len(states)),
-        key=lambda index: (id(_output_owner(states[index].fine_tune)), id(states[index].private)),
+        key=lambda index: (id(states[index].fine_tune.output_owner), id(states[index].private)),
     )
-
-
-def _output_owner(fine_tune: FineTune) -> TargetModel | LoraAdapter:
-    """What holds the embeddings and the output layer: LoRAs that leave them alone share their target's."""
-    lora = fine_tune.lora
-    if lora is None:
-        return fine_tune.model
-    parts = (lora.embedding, lora.embedding_weight, lora.head, lora.head_weight)
-    return fine_tune.model if all(part is None for part in parts) else lora
 
 
 def _runs(states: Sequence[SequenceState], counts: Sequence[int]) -> list[tuple[FineTune, int, int]]:
@@ -406,7 +311,7 @@ def _runs(states: Sequence[SequenceState], counts: Sequence[int]) -> list[tuple[
     runs: list[tuple[FineTune, int, int]] = []
     end = 0
     for state, count in zip(states, counts, strict=True):
-        if runs and _output_owner(runs[-1][0]) is _output_owner(state.fine_tune):
+        if runs and runs[-1][0].output_owner is state.fine_tune.output_owner:
             runs[-1] = (runs[-1][0], runs[-1][1], end + count)
         else:
             runs.append((state.fine_tune, end, end + count))

@@ -309,6 +309,15 @@ class FineTune:
         return () if self.lora is None else (LoraSegment(self.lora, start, end),)
 
     @property
+    def output_owner(self) -> "TargetModel | LoraAdapter":
+        """What holds the embeddings and the output layer: LoRAs that leave them alone share their target's."""
+        lora = self.lora
+        if lora is None:
+            return self.model
+        parts = (lora.embedding, lora.embedding_weight, lora.head, lora.head_weight)
+        return self.model if all(part is None for part in parts) else lora
+
+    @property
     def tells_likeliest(self) -> bool:
         """Whether a pass can give the likeliest tokens without their logits."""
         return self.model.has_kernel and (self.lora is None or not self.lora.changes_head)

@@ -136,7 +136,9 @@ class OracleProposer(Proposer):
         self.rng = random.Random(seed)
         self.read_features: dict[int, list[Tensor]] = {}
 
-    def extend(self, states: Sequence[SequenceState]) -> Tensor:
+    def extend(
+        self, states: Sequence[SequenceState], chain_lengths: Sequence[int] | None = None
+    ) -> tuple[Tensor, list[Proposal] | None]:
         for state in states:
             self.read_features.setdefault(id(state), []).extend(state._pending)
         return super().extend(states)
