@@ -15,6 +15,9 @@ from server.engine.speculation import SpeculationLevel
 LARGEST_TREE_BATCH = 2
 """Trees verify many nodes for each sequence; they are tried for very small batches only."""
 
+MIN_PROBABILITIES = (0.1, 0.2, 0.4)
+"""Joint draft probabilities at which long chains are tried to end."""
+
 SMALLEST_GAIN = 1.03
 """How much faster than plain decoding a draft must be: below that, noise decides."""
 
@@ -32,6 +35,10 @@ class CalibrationPlan:
         """Plain decoding first."""
         found = [Speculation("chain", 0)]
         found += [Speculation("chain", length) for length in range(1, self.max_length + 1)]
+        found += [
+            Speculation("chain", self.max_length, min_probability=probability)
+            for probability in MIN_PROBABILITIES
+        ]
         if batch_size <= LARGEST_TREE_BATCH:
             found += [Speculation("tree", depth) for depth in range(3, self.max_length + 1)]
         return found
@@ -46,6 +53,7 @@ class Measurement:
     num_speculative_tokens: int
     tokens_per_second: float
     mean_acceptance_length: float
+    min_probability: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -94,6 +102,7 @@ def calibrate_decoder(
                 speculation.num_speculative_tokens,
                 round(median(values), 3),
                 round(length, 4),
+                speculation.min_probability,
             )
             measurements.append(measurement)
             report(measurement)
@@ -107,7 +116,9 @@ def draft_cost(measurements: Sequence[Measurement]) -> float:
     tokens per second and tokens per step. The median over all lengths is taken.
     """
     smallest = min(measurement.batch_size for measurement in measurements)
-    chains = [m for m in measurements if m.batch_size == smallest and m.mode == "chain"]
+    chains = [
+        m for m in measurements if m.batch_size == smallest and m.mode == "chain" and not m.min_probability
+    ]
     plain = next(1.0 / m.tokens_per_second for m in chains if m.num_speculative_tokens == 0)
     costs = [
         (m.mean_acceptance_length / m.tokens_per_second / plain - 1.0) / m.num_speculative_tokens
@@ -126,5 +137,9 @@ def best_levels(measurements: Sequence[Measurement]) -> tuple[SpeculationLevel, 
         best = max(here, key=lambda m: m.tokens_per_second)
         if best.tokens_per_second < SMALLEST_GAIN * plain.tokens_per_second:
             best = plain
-        levels.append(SpeculationLevel(batch_size, best.mode, best.num_speculative_tokens))
+        levels.append(
+            SpeculationLevel(
+                batch_size, best.mode, best.num_speculative_tokens, min_probability=best.min_probability
+            )
+        )
     return tuple(levels)

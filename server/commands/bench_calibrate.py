@@ -89,10 +89,12 @@ def _show(measurements: list[Measurement], table: SpeculationTable) -> None:
         best = next(
             m
             for m in measurements
-            if (m.batch_size, m.mode, m.num_speculative_tokens)
-            == (level.max_batch_size, level.mode, level.num_speculative_tokens)
+            if (m.batch_size, m.mode, m.num_speculative_tokens, m.min_probability)
+            == (level.max_batch_size, level.mode, level.num_speculative_tokens, level.min_probability)
         )
         name = f"{level.mode} {level.num_speculative_tokens}" if level.num_speculative_tokens else "none"
+        if level.min_probability:
+            name += f", to a probability of {level.min_probability:g}"
         view.add_row(
             str(level.max_batch_size),
             name,

@@ -32,9 +32,17 @@ class SpeculationLevel:
     """Draft tokens per sequence and step: a chain's length, a tree's depth. 0: no drafting."""
     tree_top_k: int = 4
     tree_num_nodes: int = 16
+    min_probability: float = 0.0
+    """Joint draft probability below which a chain ends."""
 
     def speculation(self) -> Speculation:
-        return Speculation(self.mode, self.num_speculative_tokens, self.tree_top_k, self.tree_num_nodes)
+        return Speculation(
+            self.mode,
+            self.num_speculative_tokens,
+            self.tree_top_k,
+            self.tree_num_nodes,
+            self.min_probability,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +67,10 @@ class SpeculationTable:
             if not 0 <= level.num_speculative_tokens <= 64:
                 raise SpeculationTableError(
                     f"num_speculative_tokens is {level.num_speculative_tokens}; it must be from 0 to 64"
+                )
+            if not 0.0 <= level.min_probability < 1.0:
+                raise SpeculationTableError(
+                    f"min_probability is {level.min_probability}; it must be from 0 to below 1"
                 )
         if not 0.0 <= self.draft_cost <= 10.0:
             raise SpeculationTableError(f"draft_cost is {self.draft_cost}; it must be from 0 to 10")
