@@ -22,7 +22,7 @@ from recipes.text import FINE_TUNE_DOMAINS
 # One full fine-tune is the hard case for a draft; more than one would not fit into the size that is bundled.
 BUNDLED_KINDS = {"math": "full", "code": "lora", "medical": "lora"}
 # The shared draft is trained once, so it may take longer than the defaults of `eda train-draft`.
-DRAFT_SETTINGS = ("--num-prompts", "6000", "--draft-vocab-size", "3072", "--epochs", "2")
+DRAFT_SETTINGS = ("--num-prompts", "5000", "--epochs", "2")
 
 
 @dataclass(frozen=True)
