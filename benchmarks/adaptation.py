@@ -10,6 +10,7 @@ adaptation` is the same program.
 """
 
 import argparse
+import copy
 import sys
 import time
 from collections.abc import Sequence
@@ -157,6 +158,10 @@ def training_config(run: RunSpec, budget: Budget) -> TrainingConfig:
 def _evaluate(
     data: DomainData, draft: DraftModel, private: PrivateModule | None, config: EvaluationConfig
 ) -> dict[str, Any]:
+    # What is trained in float32 is served in the target's type.
+    dtype = data.base.model.dtype
+    draft = copy.deepcopy(draft).to(dtype)
+    private = None if private is None else copy.deepcopy(private).to(dtype)
     decoder = SpeculativeDecoder(data.base.model, draft, num_slots=config.num_slots, seed=0)
     variants = {
         "plain": Variant(decoder, speculates=False),
