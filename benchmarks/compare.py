@@ -71,9 +71,9 @@ def build_peers(peers: Sequence[Peer], model: PeerModel) -> tuple[list[Contestan
     return contestants, missing
 
 
-def load_family(paths: ModelPaths, domains: Sequence[str], dtype: str) -> Family:
+def load_family(paths: ModelPaths, domains: Sequence[str], dtype: str, device: str = "cpu") -> Family:
     """The target, its draft, and each domain's fine-tune and newest private module."""
-    target, draft = load_pair(paths, choose_device("cpu"), dtype)
+    target, draft = load_pair(paths, choose_device(device), dtype)
     fine_tunes = {domain: load_fine_tune(paths.fine_tunes[domain], target, domain) for domain in domains}
     privates: dict[str, PrivateModule] = {}
     if draft is not None and paths.bundled_adapters is not None:
