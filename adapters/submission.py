@@ -301,6 +301,13 @@ def _download(hub_id: str, *, allow_hub: bool) -> Path:
             "target.hub_id is not allowed on this server; give a target.path, or start it with allow_hub",
             param="target.hub_id",
         )
+    if Path(hub_id).exists():
+        # It would be taken for that directory, which may lie outside of the allowed ones.
+        raise InvalidInputError(
+            f"target.hub_id is {hub_id!r}, which is a local path too; give it as target.path, or serve it under "
+            "another name",
+            param="target.hub_id",
+        )
     try:
         return resolve_directory(hub_id)
     except EdaError as error:

@@ -265,6 +265,27 @@ def test_targets_that_must_not_be_read(service: AdapterService, family: Family, 
     (root / "way-out").unlink()
 
 
+def test_a_hub_id_is_never_a_local_directory(
+    service: AdapterService, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loader takes what exists for a path; a request must not get out of the allowed directories that way."""
+    shutil.copytree(family.paths["code"], tmp_path / "owner" / "name")
+    monkeypatch.chdir(tmp_path)
+    service.settings = replace(service.settings, allow_hub=True)
+    with pytest.raises(InvalidInputError, match="is a local path too") as caught:
+        service.serve("x", TargetSource(hub_id="owner/name"))
+    assert caught.value.param == "target.hub_id"
+    fetched: list[str] = []
+
+    def download(name: str, **_: object) -> str:
+        fetched.append(name)
+        return str(family.paths["code"])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert service.serve("x", TargetSource(hub_id="owner/other")).kind == "lora"
+    assert fetched == ["owner/other"]
+
+
 def churn(data_dir: str, root: str, seed: int, ready: Connection) -> None:
     """A server's life in short: restores everything, then creates, activates and deletes until it is killed."""
     torch.set_num_threads(1)
