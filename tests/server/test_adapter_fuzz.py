@@ -16,6 +16,7 @@ from tests.server.serving import serve
 from tests.server.test_fuzz import send_and_check
 
 OPERATIONS = [
+    ("GET", "/adapters"),
     ("POST", "/adapters"),
     ("GET", "/adapters/{name}"),
     ("PATCH", "/adapters/{name}"),
@@ -23,9 +24,11 @@ OPERATIONS = [
     ("POST", "/adapters/{name}/jobs"),
     ("POST", "/adapters/{name}/jobs/upload"),
     ("POST", "/adapters/upload"),
+    ("DELETE", "/adapters/{name}"),
     ("DELETE", "/adapters/{name}/traffic"),
     ("GET", "/jobs"),
     ("GET", "/jobs/{job_id}"),
+    ("POST", "/jobs/{job_id}/cancel"),
     ("POST", "/jobs/{job_id}/retry"),
     ("POST", "/v1/load_lora_adapter"),
     ("POST", "/v1/unload_lora_adapter"),

@@ -232,8 +232,15 @@ class Process:
         raise AssertionError("the server did not start: " + self.log.read_text(encoding="utf-8"))
 
 
+USER_KEY, ADMIN_KEY = "the-key-of-a-user", "the-key-of-the-boss"
+
+
 @pytest.fixture
-def process(family_directory: Path, tmp_path: Path) -> Iterator[Process]:
+def process(family_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Process]:
+    """With keys, which nothing may write down."""
+    monkeypatch.setenv("EDA_API_KEYS", USER_KEY)
+    monkeypatch.setenv("EDA_ADMIN_KEY", ADMIN_KEY)
+    monkeypatch.setenv("EDA_LOG_LEVEL", "debug")
     process = Process(family_directory, tmp_path / "data")
     yield process
     if process.process.poll() is None:
@@ -244,7 +251,11 @@ def process(family_directory: Path, tmp_path: Path) -> Iterator[Process]:
 @pytest.mark.slow
 def test_a_signal_drains_the_server(process: Process) -> None:
     body = {"model": "math", "prompt": "secret words", "max_tokens": 300, "stream": True, "ignore_eos": True}
-    with httpx.stream("POST", f"{process.url()}/v1/completions", json=body, timeout=60) as response:
+    url = process.url()
+    for key in (USER_KEY, ADMIN_KEY, "the-key-of-nobody"):
+        httpx.get(f"{url}/adapters", headers={"Authorization": f"Bearer {key}"})
+    headers = {"Authorization": f"Bearer {USER_KEY}"}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, headers=headers, timeout=60) as response:
         lines = response.iter_lines()
         next(lines)
         process.process.send_signal(signal.SIGTERM)
@@ -256,7 +267,14 @@ def test_a_signal_drains_the_server(process: Process) -> None:
         event for event in process.events() if event["event"] == "request" and event["method"] == "POST"
     ]
     assert (line["model"], line["completion_tokens"], line["finish_reason"]) == ("math", 300, "length")
-    assert "secret" not in process.log.read_text(encoding="utf-8")
+    log = process.log.read_text(encoding="utf-8")
+    assert "secret" not in log
+    assert "the-key-of" not in log
+    assert all(
+        {"id", "status", "latency_ms"} <= set(event)
+        for event in process.events()
+        if event["event"] == "request"
+    )
 
 
 @pytest.mark.slow

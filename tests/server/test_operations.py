@@ -12,6 +12,7 @@ from eda.speculative import ScheduledRow
 from server.services import Services
 from server.settings import Settings
 from tests.server.family import Family
+from tests.server.oracle import Oracle
 from tests.server.serving import make_parts, serve, wait_until_ready
 
 COMPLETION = {"model": "base", "prompt": "x", "max_tokens": 2}
@@ -57,7 +58,8 @@ def counters(client: httpx.Client) -> dict[tuple[str, str], float]:
     return found
 
 
-def test_metrics_have_the_names_and_labels_that_clients_read(client: httpx.Client) -> None:
+def test_metrics_have_the_names_and_labels_that_clients_read(client: httpx.Client, oracle: Oracle) -> None:
+    oracle.text("math", "zz", 20)  # from now on its draft is right about this prompt now and then
     before = counters(client)
     answer = client.post(
         "/v1/completions",
@@ -76,6 +78,7 @@ def test_metrics_have_the_names_and_labels_that_clients_read(client: httpx.Clien
         grown("vllm:spec_decode_num_accepted_tokens_total"),
     )
     assert answer["metrics"]["draft_acceptance_rate"] == pytest.approx(accepted / drafted, abs=1e-3)
+    assert grown("vllm:spec_decode_num_accepted_tokens_per_pos_total") == accepted > 0
     assert grown("vllm:request_success_total") == 1
     for name in ("time_to_first_token", "inter_token_latency", "e2e_request_latency"):
         assert grown(f"vllm:{name}_seconds_count") == 1
