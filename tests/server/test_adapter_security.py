@@ -59,7 +59,7 @@ def client(family_directory: Path, directory: Path) -> Iterator[httpx.Client]:
 
 def body(directory: Path, **changes: Any) -> dict[str, Any]:
     target = {"path": str(directory / "loras" / "one")}
-    return {"name": "x", "target": target, "data": {"prompts": ["a b c"]}} | changes
+    return {"name": "x", "target": target, "data": {"prompts": ["a b c", "d e f"]}} | changes
 
 
 def require_refusal(response: httpx.Response, *statuses: int) -> str:
@@ -151,7 +151,7 @@ def test_odd_names_in_the_url(client: httpx.Client, name: str) -> None:
         '{"name": "x", "target": {"path": "one"}, "data": {"self": 3, "path": "p"}}',
         '{"name": "x", "target": {"path": "one", "hub_id": "a/b"}, "data": {"self": 3}}',
         '{"name": "x", "target": {"path": "one"}, "data": {"self": 3}, "trust_remote_code": true}',
-        '{"name": "x", "target": {"path": "one"}, "data": {"prompts": ["\\ud800"]}}',
+        '{"name": "x", "target": {"path": "one"}, "data": {"prompts": ["a", "\\ud800"]}}',
         '{"name": "x", "target": {"path": "one"}, "data": {}}',
         "\x00\xff",
         "null",
