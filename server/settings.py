@@ -67,7 +67,7 @@ class Settings(BaseSettings):
     request_timeout: float = Field(600.0, gt=0, description="seconds until a request is given up")
     drain_seconds: float = Field(30.0, ge=0, description="seconds that running requests get at shutdown")
     stall_seconds: float = Field(
-        300.0, gt=0, description="seconds without a finished step until /health fails"
+        300.0, gt=0, description="seconds without a finished step until the engine counts as broken"
     )
 
     # Adapters and jobs
