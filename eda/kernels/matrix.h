@@ -55,7 +55,7 @@ struct Packed {
 template <int ROWS, int TILES>
 inline void multiply_tile(const bf16* a, int64_t a_stride, const bf16* b, int pairs, __m512 (&sum)[ROWS][TILES]) {
   for (int pair = 0; pair < pairs; ++pair) {
-    for (int t = 0; t < TILES; ++t) _mm_prefetch((const char*)(b + ((pair + 16) * TILES + t) * 32), _MM_HINT_T0);
+    for (int t = 0; t < TILES; ++t) _mm_prefetch((const char*)(b + ((pair + 64) * TILES + t) * 32), _MM_HINT_T0);
     __m512bh weights[TILES];
     for (int t = 0; t < TILES; ++t) weights[t] = (__m512bh)_mm512_loadu_si512(b + (pair * TILES + t) * 32);
     for (int r = 0; r < ROWS; ++r) {
