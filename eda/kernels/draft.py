@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from eda.attention import PackedBatch
 from eda.kernels.library import Draft, DraftRow, Layer, LoraLayer, Shape, Tokens, kernels
@@ -196,9 +197,10 @@ class DraftKernel:
 
     def logits(self, hidden: Tensor, head: DraftHead) -> Tensor:
         """Float32 ``[N, V_draft]`` of ``hidden [N, H]``."""
-        return run_head(
-            head.packed, self._draft.norm(hidden.to(torch.bfloat16)), self._draft.config.draft_vocab_size
-        )
+        # From float32, as chains and trees do it: else near ties would be broken otherwise there and here.
+        norm = self._draft.norm
+        normal = functional.rms_norm(hidden.float(), norm.weight.shape, norm.weight.float(), norm.eps)
+        return run_head(head.packed, normal.to(torch.bfloat16), self._draft.config.draft_vocab_size)
 
     def tree(
         self, row: DraftRow, hidden: Tensor, segments: Sequence[PrivateSegment], top_k: int, num_nodes: int

@@ -173,7 +173,8 @@ def kernels() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_built(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
+    # RuntimeError: the user has no home directory.
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         _logger.warning("the C++ passes cannot be used, models run on torch's own kernels: %s", error)
         return None
 
