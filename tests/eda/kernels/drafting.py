@@ -80,7 +80,7 @@ class Rounds:
 
     def extend(self, parts: Sequence[Part]) -> tuple[Tensor, list[list[int]]]:
         """One round on the C++ passes: last outputs ``[B, H]``, and chains. Does not grow the extents."""
-        features, tokens, batch = _packed(parts)
+        features, tokens, batch = packed(parts)
         rows = [
             self.row(part, first_token=batch.rows[place].query_start, num_tokens=part.count)
             for place, part in enumerate(parts)
@@ -102,7 +102,7 @@ class Rounds:
     def extend_on_torch(self, parts: Sequence[Part], draft: DraftModel) -> Tensor:
         """The same by ``DraftModel`` itself, in its own type."""
         dtype = draft.fc.weight.dtype
-        features, tokens, batch = _packed(parts)
+        features, tokens, batch = packed(parts)
         own = {part.module: copy.deepcopy(part.module).to(dtype) for part in parts if part.module is not None}
         segments = [PrivateSegment(own[part.module], part.start, part.end) for part in _segments(parts)]
         embeddings = self.embedding[tokens].to(dtype)
@@ -135,7 +135,7 @@ class Rounds:
         return torch.cat(found)
 
 
-def _packed(parts: Sequence[Part]) -> tuple[Tensor, list[int], PackedBatch]:
+def packed(parts: Sequence[Part]) -> tuple[Tensor, list[int], PackedBatch]:
     rows, positions, slots = [], [], []
     for part in parts:
         past = part.extent.length
