@@ -49,9 +49,9 @@ class DraftHead:
     """Embeddings and output rows of one fine-tune, as the draft reads them."""
 
     def __init__(self, head_rows: Tensor, embedding: Tensor) -> None:
-        """``head_rows [V_draft, H]``; ``embedding [V, H]``, bfloat16."""
+        """``head_rows [V_draft, H]``; ``embedding [V, H]``: of any type, since the target's may not be the draft's."""
         self.packed = PackedWeight(head_rows)
-        self.embedding = embedding.detach().contiguous()
+        self.embedding = embedding.detach().to(torch.bfloat16).contiguous()
 
 
 class DraftKernel:
@@ -110,7 +110,7 @@ class DraftKernel:
         """Feeds target features to the draft, and drafts each row's chain of ``num_steps`` tokens.
 
         Args:
-            features: bfloat16 ``[T, 3H]``; each row's tokens are ``first_token`` to ``first_token + num_tokens``.
+            features: ``[T, 3H]``; each row's tokens are ``first_token`` to ``first_token + num_tokens``.
             token_ids: ``T`` ids, of the token behind each feature.
             uniforms: float64 ``[B, longest chain]`` in [0, 1), where rows have a temperature: what their tokens are
                 drawn by.
@@ -130,7 +130,7 @@ class DraftKernel:
             self._cache,
             self._fusion_weights(segments),
         )
-        features = features.contiguous()
+        features = features.to(torch.bfloat16).contiguous()
         hidden = torch.empty(len(rows), self._draft.config.hidden_size)
         out = (ctypes.c_int64 * (len(rows) * longest))()
         counts = (ctypes.c_int32 * len(rows))()
@@ -179,10 +179,10 @@ class DraftKernel:
     def forward(
         self, hidden: Tensor, embeddings: Tensor, batch: PackedBatch, segments: Sequence[PrivateSegment]
     ) -> Tensor:
-        """One pass: ``hidden`` float32 and ``embeddings`` bfloat16, both ``[T, H]``, to float32 ``[T, H]``."""
+        """One pass: ``hidden`` and ``embeddings``, both ``[T, H]``, to float32 ``[T, H]``."""
         cos, sin = self._draft.rotary(batch.positions, None, torch.float32)
         tokens = TokenArrays(batch, cos, sin, self._cache, self._private_weights(segments))
-        embeddings = embeddings.contiguous()
+        embeddings = embeddings.to(torch.bfloat16).contiguous()
         output = hidden.to(torch.float32, copy=True).contiguous()
         shape = self._shape(segments)
         self._library.eda_run_draft(

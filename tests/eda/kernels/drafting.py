@@ -45,6 +45,7 @@ class Part:
     module: PrivateModule | None = None
     num_steps: int = 0
     min_probability: float = 0.0
+    temperature: float = 0.0
 
     @property
     def count(self) -> int:
@@ -80,19 +81,25 @@ class Rounds:
 
     def extend(self, parts: Sequence[Part]) -> tuple[Tensor, list[list[int]]]:
         """One round on the C++ passes: last outputs ``[B, H]``, and chains. Does not grow the extents."""
+        hidden, chains, _ = self.draw(parts, None)
+        return hidden, chains
+
+    def draw(
+        self, parts: Sequence[Part], uniforms: Tensor | None
+    ) -> tuple[Tensor, list[list[int]], Tensor | None]:
+        """The same for rows with a temperature: with the distributions that tokens were drawn from."""
         features, tokens, batch = packed(parts)
         rows = [
             self.row(part, first_token=batch.rows[place].query_start, num_tokens=part.count)
             for place, part in enumerate(parts)
         ]
-        hidden, chains, _ = self.kernel.extend(rows, features, tokens, batch, _segments(parts))
-        return hidden, chains
+        return self.kernel.extend(rows, features, tokens, batch, _segments(parts), uniforms)
 
     def row(self, part: Part, first_token: int = 0, num_tokens: int = 0) -> DraftRow:
         row = DraftRow(
             part.extent.start, part.extent.length + part.count, part.num_steps, first_token, num_tokens
         )
-        row.min_probability = part.min_probability
+        row.min_probability, row.temperature = part.min_probability, part.temperature
         row.head, row.embedding = self.head.packed.pointer, self.head.embedding.data_ptr()
         if part.module is not None:
             private = self.kernel.private(part.module)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from drafting import Rounds, draft_config
+from drafting import Part, Rounds, draft_config
 from narrow import narrow_module
 
 pytestmark = pytest.mark.usefixtures("_needs_kernels")
@@ -17,7 +17,7 @@ def rounds() -> Rounds:
     return Rounds(draft_config())
 
 
-def mixed_parts(rounds: Rounds, num_steps: tuple[int, ...]) -> list:
+def mixed_parts(rounds: Rounds, num_steps: tuple[int, ...]) -> list[Part]:
     modules = [
         None,
         narrow_module(rounds.config.private_config(20, 3), 1),
@@ -95,3 +95,32 @@ def test_drafting_leaves_the_extended_cache_as_it_was(rounds: Rounds) -> None:
     for part, keys in zip(parts, known, strict=True):
         found = rounds.cache.keys[:, :, part.extent.start : part.extent.start + part.count]
         assert torch.equal(found, keys)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_drawn_tokens_invert_the_drafts_own_distributions(rounds: Rounds, temperature: float) -> None:
+    parts = mixed_parts(rounds, LENGTHS)
+    greedy = rounds.extend(parts)[1]
+    for part in parts[::2]:  # drawn and likeliest tokens in one call
+        part.temperature = temperature
+    uniforms = torch.rand(
+        len(parts), max(LENGTHS), dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+    uniforms[0, :2] = torch.tensor([0.0, 1.0 - 2.0**-53], dtype=torch.float64)
+    hidden, chains, probabilities = rounds.draw(parts, uniforms)
+    assert probabilities is not None
+    assert [len(chain) for chain in chains] == list(LENGTHS)
+    for place, (part, chain) in enumerate(zip(parts, chains, strict=True)):
+        if part.temperature == 0.0:
+            assert chain == greedy[place]
+        elif chain:
+            expected = (rounds.step_logits(part, hidden[place], chain) / temperature).softmax(-1)
+            found = probabilities[place, : len(chain)]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+            columns = torch.searchsorted(rounds.narrow.draft_token_ids, torch.tensor(chain))
+            ends = found.double().cumsum(-1)
+            above = ends.gather(1, columns[:, None])[:, 0]
+            below = above - found.double().gather(1, columns[:, None])[:, 0]
+            wanted = uniforms[place, : len(chain)]
+            assert ((below - 1e-6 <= wanted) & (wanted <= above + 1e-6)).all()
+            assert (found.gather(1, columns[:, None]) > 0).all()

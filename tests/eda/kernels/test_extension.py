@@ -6,6 +6,7 @@ from drafting import Part, Rounds, draft_config
 from narrow import mean_error, narrow_module
 from torch import Tensor
 
+from eda.kernels.draft import DraftHead
 from eda.private import PrivateModule
 
 pytestmark = pytest.mark.usefixtures("_needs_kernels")
@@ -90,6 +91,20 @@ def test_an_extension_in_pieces_is_the_same_to_the_bit() -> None:
         found = rounds.extend([part])[0]
         extent.length += part.count
     assert torch.equal(found, expected)
+
+
+def test_a_target_in_float32_beside_a_draft_in_bfloat16() -> None:
+    rounds = Rounds(draft_config())
+    part = rounds.part(rounds.extents(1)[0], 6)
+    part.num_steps = 5
+    hidden, chains = rounds.extend([part])
+    logits = rounds.step_logits(part, hidden[0], chains[0])
+    rounds.head = DraftHead(rounds.head_rows.float(), rounds.embedding.float())
+    rounds.embedding, part.features = rounds.embedding.float(), part.features.float()
+    found, found_chains = rounds.extend([part])
+    assert torch.equal(found, hidden)
+    assert found_chains == chains
+    assert torch.equal(rounds.step_logits(part, hidden[0], chains[0]), logits)
 
 
 @pytest.mark.usefixtures("_own_thread_number")
