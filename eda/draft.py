@@ -190,6 +190,7 @@ class DraftModel(nn.Module):
             for name, weight in self.state_dict().items()
         }
         save_file(weights, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+        (directory / WEIGHTS_FILE).chmod(0o644)  # safetensors leaves it readable to its owner only
         document = {"model_type": "eda_draft", **dataclasses.asdict(self.config), "training": metadata or {}}
         (directory / CONFIG_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 

@@ -119,6 +119,7 @@ class PrivateModule(nn.Module):
         """Writes the weights as safetensors (bfloat16 halves the file; training precision is kept as it is)."""
         weights = {name: weight.detach().cpu().contiguous() for name, weight in self.state_dict().items()}
         save_file(weights, path, metadata={"format": "pt", **(metadata or {})})
+        path.chmod(0o644)  # safetensors leaves it readable to its owner only
 
     @classmethod
     def load(

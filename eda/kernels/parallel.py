@@ -1,24 +1,19 @@
 """How many threads the C++ passes use, and keeping torch's own out of their way."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
-
-class _Kept(threading.local):
-    """Torch's setting outside of ``kernel_threads_only``; as torch's own, it is one for each Python thread."""
-
-    count: int | None = None
-
-
-_kept = _Kept()
+# Torch's setting outside of ``kernel_threads_only``; as torch's own, it is one for each Python thread.
+_kept: ContextVar[int | None] = ContextVar("_kept", default=None)
 
 
 def num_threads() -> int:
     """Threads of a C++ pass: torch's setting, or what it was when ``kernel_threads_only`` began."""
-    return torch.get_num_threads() if _kept.count is None else _kept.count
+    count = _kept.get()
+    return torch.get_num_threads() if count is None else count
 
 
 @contextmanager
@@ -28,13 +23,14 @@ def kernel_threads_only() -> Iterator[None]:
     Threads of OpenMP spin for about a millisecond after each parallel operation, on the very cores that the next pass
     needs. Between two passes torch only does small things, which lose nothing on one thread.
     """
-    if _kept.count is not None:
+    if _kept.get() is not None:
         yield
         return
-    count = _kept.count = torch.get_num_threads()
+    count = torch.get_num_threads()
+    token = _kept.set(count)
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(count)
-        _kept.count = None
+        _kept.reset(token)
