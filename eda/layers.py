@@ -25,7 +25,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return functional.rms_norm(hidden, (self.weight.shape[0],), self.weight, self.eps)
+        # Under autocast weights are wider than what they multiply; torch's fused kernel wants one type.
+        weight = self.weight.to(hidden.dtype)
+        return functional.rms_norm(hidden, (weight.shape[0],), weight, self.eps)
 
 
 class FeedForward(nn.Module):

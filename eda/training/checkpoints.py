@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from eda.errors import DataError, MismatchError
 from eda.training.files import write_bytes_atomically
+from eda.training.optimizer import MuonAdamW
 from eda.training.trainees import Trainee
 
 
@@ -35,9 +35,7 @@ class TrainingState:
     train_seconds: float = 0.0
 
 
-def save_state(
-    path: Path, state: TrainingState, trainee: Trainee, optimizer: torch.optim.AdamW, run: str
-) -> None:
+def save_state(path: Path, state: TrainingState, trainee: Trainee, optimizer: MuonAdamW, run: str) -> None:
     """Writes weights, optimiser and ``state``. ``run`` identifies data and settings, see ``load_state``.
 
     Raises ``TrainingError`` when the file cannot be written.
@@ -45,9 +43,7 @@ def save_state(
     tensors = {f"best.{name}": tensor for name, tensor in state.best.items()}
     for name, parameter in trainee.parameters.items():
         tensors[f"weight.{name}"] = parameter.detach()
-        for key in ("exp_avg", "exp_avg_sq"):
-            if parameter in optimizer.state:
-                tensors[f"{key}.{name}"] = optimizer.state[parameter][key]
+    tensors |= optimizer.state()
     described = {
         "run": run,
         "step": state.step,
@@ -60,7 +56,7 @@ def save_state(
     write_bytes_atomically(path, save(contiguous, metadata={"state": json.dumps(described)}))
 
 
-def load_state(path: Path, trainee: Trainee, optimizer: torch.optim.AdamW, run: str) -> TrainingState | None:
+def load_state(path: Path, trainee: Trainee, optimizer: MuonAdamW, run: str) -> TrainingState | None:
     """Puts weights and optimiser back and returns the state; ``None`` when there is no file.
 
     Raises:
@@ -80,14 +76,7 @@ def load_state(path: Path, trainee: Trainee, optimizer: torch.optim.AdamW, run: 
             f"{path} belongs to a run with other data or settings; remove it or choose another output directory"
         )
     trainee.load(_part(tensors, "weight."))
-    first, second = _part(tensors, "exp_avg."), _part(tensors, "exp_avg_sq.")
-    for name, parameter in trainee.parameters.items():
-        if name in first:
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(described["step"])),
-                "exp_avg": first[name].to(parameter.device),
-                "exp_avg_sq": second[name].to(parameter.device),
-            }
+    optimizer.load(tensors, int(described["step"]))
     best = {
         name: tensor.to(trainee.parameters[name].device) for name, tensor in _part(tensors, "best.").items()
     }

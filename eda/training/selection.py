@@ -108,26 +108,40 @@ def score_samples(
 
 
 def select(samples: Sequence[Sample], scores: Sequence[float], keep: float) -> Selection:
-    """The samples with the highest scores, up to a share ``keep`` of all answer tokens; at least one.
+    """The samples with the highest scores, up to a share ``keep`` of all answer tokens.
 
-    Counting tokens, not samples, makes halves chosen by different scores equally long to train on.
+    Each temperature gives its own share, at least one sample: drawn answers are less predictable than greedy ones, so
+    by most scores they would push these out, and the draft would learn another mix than it will serve. Counting
+    tokens, not samples, makes halves chosen by different scores equally long to train on.
 
     Raises ``ValueError`` unless ``0 < keep <= 1``.
     """
     if not 0.0 < keep <= 1.0:
         raise ValueError(f"keep is {keep}; it must be above 0 and at most 1")
     usable = [index for index, sample in enumerate(samples) if sample.num_roots > 0]
+    by_temperature: dict[float, list[int]] = {}
+    for index in sorted(usable, key=lambda index: (-scores[index], index)):
+        by_temperature.setdefault(samples[index].temperature, []).append(index)
+    chosen: list[int] = []
+    for ranked in by_temperature.values():
+        chosen += _leading(ranked, [samples[index].num_roots for index in ranked], keep)
+    kept = sum(samples[index].num_roots for index in chosen)
     total = sum(samples[index].num_roots for index in usable)
+    return Selection(tuple(samples[index] for index in sorted(chosen)), len(usable), kept, total)
+
+
+def _leading(ranked: Sequence[int], counts: Sequence[int], keep: float) -> list[int]:
+    """The first of ``ranked`` whose ``counts`` come nearest to a share ``keep`` of all; at least one."""
+    limit = keep * sum(counts)
     chosen: list[int] = []
     kept = 0
-    for index in sorted(usable, key=lambda index: (-scores[index], index)):
-        count = samples[index].num_roots
+    for index, count in zip(ranked, counts, strict=True):
         # The sample that crosses the line is taken when more of it lies on this side than beyond.
-        if chosen and kept + count / 2 > keep * total:
+        if chosen and kept + count / 2 > limit:
             break
         chosen.append(index)
         kept += count
-    return Selection(tuple(samples[index] for index in sorted(chosen)), len(usable), kept, total)
+    return chosen
 
 
 @torch.no_grad()

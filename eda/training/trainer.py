@@ -1,6 +1,6 @@
 """One trainer for the shared draft, the private module and the controls: what differs is which parameters learn.
 
-Unrolled steps on the draft's own outputs, soft labels from the target, AdamW with a warm-up and a cosine to zero. The
+Unrolled steps on the draft's own outputs, soft labels from the target, Muon with a warm-up and a cosine to zero. The
 best state is chosen by simulated acceptance length on held-out answers: the loss keeps falling after acceptance has
 peaked.
 """
@@ -21,6 +21,7 @@ from eda.training.checkpoints import TrainingState, load_state, save_state
 from eda.training.dataset import Dataset, TrainingBatch
 from eda.training.files import hash_of_json
 from eda.training.loss import LossKind, head_loss, step_weights
+from eda.training.optimizer import MuonAdamW
 from eda.training.progress import (
     OnProgress,
     ProgressEvent,
@@ -32,7 +33,7 @@ from eda.training.progress import (
 from eda.training.trainees import Trainee
 from eda.training.unroll import unroll
 
-_RATE_TIMES_WIDTH = {"private": 0.64, "shared": 0.256, "lora": 0.256, "retrain": 0.128}
+_RATE_TIMES_WIDTH = {"private": 5.12, "shared": 2.56, "lora": 2.56, "retrain": 2.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +132,7 @@ class _Run:
         self.evaluate_every = config.evaluate_every or max(1, math.ceil(self.num_steps / 12))
         self.peak_rate = config.learning_rate or default_learning_rate(trainee)
         self.head_rows = training.states.fine_tune.head_rows(trainee.draft.draft_token_ids)
-        self.optimizer = torch.optim.AdamW(
-            trainee.parameters.values(), lr=self.peak_rate, weight_decay=config.weight_decay
-        )
+        self.optimizer = MuonAdamW(trainee.parameters, self.peak_rate, config.weight_decay)
         self.run = hash_of_json(
             {
                 "config": asdict(config),
@@ -194,11 +193,9 @@ class _Run:
         start = time.perf_counter()
         batch = self.training.batch(self._indices(state.step), self.config.unroll_steps)
         rate = learning_rate(self.peak_rate, self.config.warmup, state.step, self.num_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         with autocast(self.head_rows.device):
             loss, acceptances = batch_loss(self.trainee, batch, self.head_rows, self.config)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self._check_frozen(state.step)
         norm = torch.nn.utils.clip_grad_norm_(list(self.trainee.parameters.values()), self.config.clip)
@@ -208,7 +205,7 @@ class _Run:
                 f"be finite. The weights after step {state.step} are kept (best: step {state.best_step}); "
                 "a lower learning rate may help"
             )
-        self.optimizer.step()
+        self.optimizer.step(rate)
         state.step += 1
         state.train_seconds += time.perf_counter() - start
         metrics = {"step": float(state.step), "loss": loss.item(), "learning_rate": rate}
@@ -305,7 +302,7 @@ def learning_rate(peak: float, warmup: float, step: int, num_steps: int) -> floa
 
 
 def default_learning_rate(trainee: Trainee) -> float:
-    """Peak rate by kind and width. Found on a draft 128 wide; falls with the width, as Adam's best rates do.
+    """Peak rate by kind and width. Found on a draft 256 wide; falls with the width, as Adam's best rates do.
 
     A module that starts at zero beside frozen weights takes much larger steps than weights that are trained already.
     """

@@ -61,7 +61,7 @@ def train_draft(
         int, typer.Option(min=1, max=16, help="Draft tokens learned from each position.")
     ] = 4,
     learning_rate: Annotated[
-        float | None, typer.Option(min=1e-8, help="Peak rate. [0.256 / hidden size]")
+        float | None, typer.Option(min=1e-8, help="Peak rate. [2.56 / hidden size]")
     ] = None,
     loss: Annotated[Loss, typer.Option(help="lk: KL and total variation; kl; tv.")] = Loss.LK,
     generation_batch: Annotated[int, typer.Option(min=1, help="Answers generated at the same time.")] = 32,

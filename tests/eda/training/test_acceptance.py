@@ -50,7 +50,7 @@ def test_equals_the_decoders_acceptance_length(with_private: bool) -> None:
         shared_trainee(draft),
         data,
         data,
-        TrainingConfig(num_steps=30, batch_size=6, learning_rate=5e-3, patience=None),
+        TrainingConfig(num_steps=30, batch_size=6, learning_rate=5e-2, patience=None),
     )
     draft.requires_grad_(False)
     private = None

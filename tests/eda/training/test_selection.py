@@ -15,6 +15,7 @@ from toys import (
 from eda.errors import EdaError
 from eda.target import FineTune
 from eda.training.progress import StageStoppedError
+from eda.training.samples import Sample
 from eda.training.selection import SCORES, score_samples, select
 from eda.training.trainees import shared_trainee
 from eda.training.trainer import TrainingConfig, train
@@ -112,3 +113,21 @@ def test_half_is_half_of_the_tokens_and_keeps_the_highest() -> None:
     assert len(select(samples, scores, 0.001).samples) == 1
     with pytest.raises(ValueError, match="keep is 0"):
         select(samples, scores, 0)
+
+
+def test_each_temperature_keeps_its_share() -> None:
+    samples = [
+        Sample(f"s{index}", (1,), tuple(range(5)), temperature=float(index % 4 == 0)) for index in range(16)
+    ]
+    # By score alone, all drawn answers would come before every greedy one.
+    scores = [100.0 + index if sample.temperature else float(index) for index, sample in enumerate(samples)]
+    kept = select(samples, scores, 0.5).samples
+    assert [sample.id for sample in kept if sample.temperature] == ["s8", "s12"]
+    assert [sample.id for sample in kept if not sample.temperature] == [
+        "s9",
+        "s10",
+        "s11",
+        "s13",
+        "s14",
+        "s15",
+    ]

@@ -85,7 +85,7 @@ def test_before_training_the_private_draft_is_the_shared_one_bit_for_bit(fc_rank
 def test_the_private_module_alone_recovers_acceptance_on_a_changed_target() -> None:
     base, shifted = cyclic_target(1), cyclic_target(5)
     draft = new_draft(base)
-    config = replace(CONFIG, num_steps=150, learning_rate=1e-2, evaluate_every=50)
+    config = replace(CONFIG, num_steps=150, learning_rate=3e-2, evaluate_every=50)
     report = train(
         shared_trainee(draft),
         dataset_of(base, cyclic_samples(48, 1)),
@@ -242,5 +242,5 @@ def test_the_rate_warms_up_and_falls_to_zero() -> None:
 
 def test_wider_drafts_have_smaller_default_rates() -> None:
     trainee = private_for()
-    assert default_learning_rate(trainee) == pytest.approx(0.64 / 32)
+    assert default_learning_rate(trainee) == pytest.approx(5.12 / 32)
     assert default_learning_rate(retrain_trainee(trainee.draft)) < default_learning_rate(trainee)
