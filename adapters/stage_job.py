@@ -39,7 +39,7 @@ class AdaptationDefaults:
         cache_bytes: memory for keys and values while answering; it bounds the batch.
     """
 
-    max_prompts: int = 1200
+    max_prompts: int = 2000
     held_out: int = 32
     num_triage: int = 16
     keep: float = 0.5
