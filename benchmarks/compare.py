@@ -214,7 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not domains:
         return 2
     family = load_family(paths, domains, options.dtype)
-    table = SpeculationTable.load(options.calibration) if options.calibration else SpeculationTable.default()
+    table = SpeculationTable.default(cpu_passes=family.target.has_kernel)
+    if options.calibration:
+        table = SpeculationTable.load(options.calibration)
     tokenizer = AutoTokenizer.from_pretrained(paths.target)
     prompts = [read_prompts(options.prompts, domain, options.num_prompts, tokenizer) for domain in domains]
     prompts = [group[: min(map(len, prompts))] for group in prompts]

@@ -65,7 +65,7 @@ def load_runtime(services: Services) -> Runtime:
 
     engine = AsyncEngine(
         decoder,
-        SpeculationPolicy(_table(settings)),
+        SpeculationPolicy(_table(settings, cpu_passes=target.has_kernel)),
         SchedulerLimits(settings.max_running, settings.max_tokens_per_step),
         max_waiting=settings.max_waiting,
         on_step_stats=services.metrics.on_step_stats,
@@ -116,9 +116,9 @@ def _record_traffic(adapters: AdapterService, sequence: Sequence) -> None:
     )
 
 
-def _table(settings: Settings) -> SpeculationTable:
+def _table(settings: Settings, *, cpu_passes: bool) -> SpeculationTable:
     if settings.calibration is None:
-        return SpeculationTable.default()
+        return SpeculationTable.default(cpu_passes=cpu_passes)
     try:
         return SpeculationTable.load(settings.calibration)
     except SpeculationTableError as error:

@@ -76,8 +76,23 @@ class SpeculationTable:
             raise SpeculationTableError(f"draft_cost is {self.draft_cost}; it must be from 0 to 10")
 
     @classmethod
-    def default(cls) -> Self:
-        """For machines that nothing was measured on."""
+    def default(cls, *, cpu_passes: bool = False) -> Self:
+        """For machines that nothing was measured on.
+
+        ``cpu_passes``: the target runs on the C++ passes. A draft step costs little there, but every further token
+        makes the target's pass longer: so chains, and they end where the draft is unsure.
+        """
+        if cpu_passes:
+            return cls(
+                (
+                    SpeculationLevel(1, "chain", 6, min_probability=0.2),
+                    SpeculationLevel(4, "chain", 4, min_probability=0.4),
+                    SpeculationLevel(8, "chain", 2, min_probability=0.4),
+                    SpeculationLevel(16, "chain", 1),
+                    SpeculationLevel(64, "chain", 0),
+                ),
+                draft_cost=0.08,
+            )
         return cls(
             (
                 SpeculationLevel(1, "tree", 5),
