@@ -11,6 +11,7 @@ adaptation` is the same program.
 
 import argparse
 import copy
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -41,6 +42,10 @@ from eda.training.trainees import (
     retrain_trainee,
 )
 from eda.training.trainer import TrainingConfig, train
+
+
+MEASUREMENTS = 4
+"""Times that a run is measured on held-out answers; with many short runs, more would take longer than the training."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +149,10 @@ def make_trainee(run: RunSpec, draft: DraftModel) -> Trainee:
 
 def training_config(run: RunSpec, budget: Budget) -> TrainingConfig:
     """The settings of a run; no early stop, so that all runs take their full number of steps."""
+    num_steps = max(1, round(budget.num_steps * run.steps_share))
     return TrainingConfig(
-        num_steps=max(1, round(budget.num_steps * run.steps_share)),
+        num_steps=num_steps,
+        evaluate_every=math.ceil(num_steps / MEASUREMENTS),
         batch_size=budget.batch_size,
         unroll_steps=run.unroll_steps,
         loss=run.loss,  # type: ignore[arg-type]

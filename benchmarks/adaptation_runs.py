@@ -102,11 +102,11 @@ def _grid(grid: str, domain: str, seed: int, scores: Sequence[Score]) -> list[Ru
     if grid == "width":
         return [replace(private, width=width) for width in (0.125, 0.25, 0.5, 1.0)]
     if grid == "fc":
-        return [replace(private, fc_rank=rank) for rank in (0, 16, 32, 64)]
+        return [replace(private, fc_rank=rank) for rank in (0, 32)]
     if grid == "unroll":
-        return [replace(private, unroll_steps=steps) for steps in (1, 3, 4, 5, 7)]
+        return [replace(private, unroll_steps=steps) for steps in (1, 4, 7)]
     if grid == "loss":
-        return [replace(private, loss=loss) for loss in ("lk", "kl", "tv")]
+        return [replace(private, loss=loss) for loss in ("lk", "kl")]
     if grid == "init":
         return [replace(private, initialisation=start) for start in ("zero", "random")]
     if grid == "self":
