@@ -43,7 +43,6 @@ from eda.training.trainees import (
 )
 from eda.training.trainer import TrainingConfig, train
 
-
 MEASUREMENTS = 4
 """Times that a run is measured on held-out answers; with many short runs, more would take longer than the training."""
 
