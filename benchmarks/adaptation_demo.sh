@@ -3,7 +3,10 @@
 # measures the same requests with no draft, with the shared draft (what the fine-tune had at first) and with its own
 # private module (what it has now).
 #
-#   benchmarks/adaptation_demo.sh [FINE_TUNE_DIRECTORY [PROMPTS_JSONL]]
+#   benchmarks/adaptation_demo.sh [FINE_TUNE_DIRECTORY [TRAINING_PROMPTS_JSONL [MEASURED_PROMPTS_JSONL]]]
+#
+# Without arguments: the bundled code LoRA under another name, trained on prompts that are read from the interpreter's
+# standard library, measured on those in benchmarks/prompts/code.jsonl. What is measured is never trained on.
 #
 # Environment: MODELS (family directory, default models), NAME (name to serve under, default demo), TRAINING (JSON
 # object for "training"), NUM_PROMPTS (prompts to measure with, default 8), MAX_TOKENS (of an answer, default 96),
@@ -13,7 +16,7 @@ cd "$(dirname "$0")/.."
 
 models=${MODELS:-models}
 fine_tune=$(realpath "${1:-$models/code}")
-prompts=$(realpath "${2:-benchmarks/prompts/code.jsonl}")
+measured=$(realpath "${3:-benchmarks/prompts/code.jsonl}")
 name=${NAME:-demo}
 url=http://127.0.0.1:${PORT:-8765}
 python=.venv/bin/python
@@ -34,6 +37,18 @@ cleanup() {
   [ -z "${remove:-}" ] || rm -rf "$remove"
 }
 trap cleanup EXIT
+
+prompts=${2:+$(realpath "$2")}
+if [ -z "$prompts" ]; then
+  prompts=$data_dir/training-prompts.jsonl
+  $python - "$prompts" <<'PY'
+import json, sys
+from recipes.standard_library import standard_library_rows
+from recipes.text import shuffled
+rows = shuffled(standard_library_rows(held_out=False), seed=0)[:1500]
+open(sys.argv[1], "w").writelines(json.dumps({"prompt": row.prompt}) + "\n" for row in rows)
+PY
+fi
 
 export EDA_ADAPTER_ROOTS="$fine_tune:$(dirname "$prompts")"
 .venv/bin/eda serve --models-dir "$models" --port "${url##*:}" --data-dir "$data_dir" --log-level warning \
@@ -63,7 +78,7 @@ job=$($python -c 'import json,sys; a=json.load(sys.stdin); print(a["job"]["id"] 
 echo "$name is served already, with the shared draft alone; its job is $job"
 
 echo "== GET /jobs/$job/events"
-$python -m benchmarks.adaptation_requests probe "$url" "$name" "$prompts" "$data_dir/probe.json" &
+$python -m benchmarks.adaptation_requests probe "$url" "$name" "$measured" "$data_dir/probe.json" &
 probe=$!
 started=$SECONDS
 curl -sN "$url/jobs/$job/events" | $python -m benchmarks.adaptation_requests watch
@@ -72,5 +87,5 @@ wait "$probe" 2>/dev/null || true
 probe=
 echo "the job took $((SECONDS - started)) s"
 
-$python -m benchmarks.adaptation_requests compare "$url" "$name" "$prompts" \
+$python -m benchmarks.adaptation_requests compare "$url" "$name" "$measured" \
   --num-prompts "${NUM_PROMPTS:-8}" --max-tokens "${MAX_TOKENS:-96}" --probe "$data_dir/probe.json"
