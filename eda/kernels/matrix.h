@@ -62,7 +62,7 @@ inline void multiply_tile(const bf16* a, int64_t a_stride, const bf16* b, int pa
       int32_t two;
       std::memcpy(&two, a + r * a_stride + 2 * pair, 4);
       const __m512bh given = (__m512bh)_mm512_set1_epi32(two);
-      for (int t = 0; t < TILES; ++t) sum[r][t] = _mm512_dpbf16_ps(sum[r][t], given, weights[t]);
+      for (int t = 0; t < TILES; ++t) sum[r][t] = _mm512_dpbf16_ps(sum[r][t], weights[t], given);
     }
   }
 }
@@ -89,7 +89,8 @@ inline void multiply_rows(const Term* terms, int num_terms, int row, int block, 
 // Rows `start` to `end` of the terms' sum, for one block of outputs; `finish(row, block, sums[TILES])` takes each row.
 template <int TILES, class Finish>
 inline void multiply(const Term* terms, int num_terms, int start, int end, int block, const Finish& finish) {
-  const int count = end - start, tiles = (count + 5) / 6;
+  // Seven rows still fit the registers, but only pay where they save a second tile.
+  const int count = end - start, tiles = count == 7 ? 1 : (count + 5) / 6;
   for (int tile = 0, row = start; tile < tiles; ++tile) {
     const int rows = (count - (row - start) + (tiles - tile) - 1) / (tiles - tile);
     switch (rows) {
@@ -98,7 +99,8 @@ inline void multiply(const Term* terms, int num_terms, int start, int end, int b
       case 3: multiply_rows<3, TILES>(terms, num_terms, row, block, finish); break;
       case 4: multiply_rows<4, TILES>(terms, num_terms, row, block, finish); break;
       case 5: multiply_rows<5, TILES>(terms, num_terms, row, block, finish); break;
-      default: multiply_rows<6, TILES>(terms, num_terms, row, block, finish); break;
+      case 6: multiply_rows<6, TILES>(terms, num_terms, row, block, finish); break;
+      default: multiply_rows<7, TILES>(terms, num_terms, row, block, finish); break;
     }
     row += rows;
   }
