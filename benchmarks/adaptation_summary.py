@@ -1,5 +1,11 @@
-"""Tables and plots of the adaptation benchmark, from the results of its runs."""
+"""Tables and plots of the adaptation benchmark, from the results of its runs.
 
+    python -m benchmarks.adaptation_summary OUT
+
+summarises every run in a benchmark's directory, also of calls that made one domain or grid at a time.
+"""
+
+import argparse
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -92,26 +98,29 @@ def _cell(row: Row, name: str, digits: int = 2) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Simulated acceptance length of every draft, one panel per domain."""
+    """Simulated acceptance length of the drafts that every domain has, one panel per domain."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     domains = sorted({row["domain"] for row in rows})
-    labels = sorted({row["label"] for row in rows}, key=lambda label: (not label.startswith("shared"), label))
+    found = [{row["label"] for row in rows if row["domain"] == domain} for domain in domains]
+    labels = sorted(
+        set.intersection(*found),
+        key=lambda label: (not label.startswith("shared"), label.split(", ")[-1], label),
+    )
     figure, panels = pyplot.subplots(
         1, len(domains), figsize=(5 + 3 * len(domains), 1.5 + 0.3 * len(labels)), sharey=True, squeeze=False
     )
     for panel, domain in zip(panels[0], domains, strict=True):
         values = {row["label"]: row for row in rows if row["domain"] == domain}
-        shown = [label for label in labels if label in values]
         panel.barh(
-            range(len(shown)),
-            [values[label]["simulated"] for label in shown],
-            xerr=[values[label]["simulated_spread"] / 2 for label in shown],
+            range(len(labels)),
+            [values[label]["simulated"] for label in labels],
+            xerr=[values[label]["simulated_spread"] / 2 for label in labels],
         )
-        panel.set_yticks(range(len(shown)), shown)
+        panel.set_yticks(range(len(labels)), labels)
         panel.invert_yaxis()
         panel.set_title(domain)
         panel.set_xlabel("simulated acceptance length")
@@ -119,3 +128,21 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="directory that the benchmark wrote to")
+    arguments = parser.parse_args()
+    rows = summarise(load_results(sorted((arguments.out / "runs").glob("*.json"))))
+    (arguments.out / "summary.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    table = markdown_table(rows)
+    (arguments.out / "summary.md").write_text(table, encoding="utf-8")
+    plot(rows, arguments.out / "summary.png")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
