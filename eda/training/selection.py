@@ -27,7 +27,7 @@ from eda.training.unroll import unroll
 
 Score = Literal["deficit", "mahalanobis", "cosine", "divergence", "flatness", "random"]
 SCORES: tuple[Score, ...] = ("deficit", "mahalanobis", "cosine", "divergence", "flatness", "random")
-DEFAULT_SCORE: Score = "deficit"
+DEFAULT_SCORE: Score = "random"
 _NEEDS_BASE = frozenset({"mahalanobis", "cosine", "divergence"})
 _ROWS = 512
 _SHRINKAGE = 0.05
