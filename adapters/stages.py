@@ -156,7 +156,7 @@ class TrainingStages:
             seed=options.seed,
         )
         config = PrivateTrainingConfig(
-            intermediate_size=options.intermediate_size, fc_rank=options.fc_rank or 0, training=training
+            intermediate_size=options.intermediate_size, fc_rank=options.fc_rank, training=training
         )
         directory = context.workspace / "train"
         directory.mkdir(exist_ok=True)

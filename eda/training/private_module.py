@@ -29,12 +29,12 @@ class PrivateTrainingConfig:
 
     Attributes:
         intermediate_size: width; ``None`` takes a quarter of the shared network's.
-        fc_rank: rank of the correction of ``fc``; 0 leaves it out.
+        fc_rank: rank of the correction of ``fc``; ``None`` takes an eighth of the draft's width, 0 leaves it out.
         memory_bytes: for cached target states.
     """
 
     intermediate_size: int | None = None
-    fc_rank: int = 0
+    fc_rank: int | None = None
     memory_bytes: int = DEFAULT_MEMORY_BYTES
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
@@ -60,7 +60,8 @@ def train_private_module(
     width = (
         draft.config.intermediate_size // 4 if config.intermediate_size is None else config.intermediate_size
     )
-    sizes = draft.config.private_config(width, config.fc_rank)
+    rank = draft.config.hidden_size // 8 if config.fc_rank is None else config.fc_rank
+    sizes = draft.config.private_config(width, rank)
     private = PrivateModule.initialised(sizes, seed=config.training.seed).to(draft.fc.weight.device)
     trainee = private_trainee(draft, private)
     report = train(

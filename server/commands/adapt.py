@@ -52,7 +52,12 @@ def adapt(
     width: Annotated[
         int | None, typer.Option(min=0, help="Width of the private network. [a quarter of the shared one's]")
     ] = None,
-    fc_rank: Annotated[int, typer.Option(min=0, help="Rank of the correction of `fc`; 0 leaves it out.")] = 0,
+    fc_rank: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Rank of the correction of `fc`; 0 leaves it out. [an eighth of the draft's width]"
+        ),
+    ] = None,
     num_steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps. [3 passes]")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Answers in an optimiser step. [16]")] = None,
     learning_rate: Annotated[
