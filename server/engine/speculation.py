@@ -80,15 +80,14 @@ class SpeculationTable:
         """For machines that nothing was measured on.
 
         ``cpu_passes``: the target runs on the C++ passes. A draft step costs little there, but every further token
-        makes the target's pass longer: so chains, and they end where the draft is unsure.
+        makes the target's pass longer: so chains that end where the draft is unsure, and none from four sequences on,
+        where they were measured to lose (docs/performance.md).
         """
         if cpu_passes:
             return cls(
                 (
                     SpeculationLevel(1, "chain", 6, min_probability=0.2),
-                    SpeculationLevel(4, "chain", 4, min_probability=0.4),
-                    SpeculationLevel(8, "chain", 2, min_probability=0.4),
-                    SpeculationLevel(16, "chain", 1),
+                    SpeculationLevel(2, "chain", 4, min_probability=0.4),
                     SpeculationLevel(64, "chain", 0),
                 ),
                 draft_cost=0.08,
