@@ -154,10 +154,10 @@ def draft_section(models: Path) -> str:
     ]
     for name in FINE_TUNE_DOMAINS:
         manifest = json.loads((models / "adapters" / name / "1" / "adapter.json").read_text(encoding="utf-8"))
-        training = manifest["provenance"]["training"]
+        training, selection = manifest["provenance"]["train"], manifest["provenance"]["select"]
         lines.append(
             f"| {name} | {training['num_parameters']:,} | {training['share_of_draft']:.0%} "
-            f"| {training['num_samples']:,} | {training['num_steps']:,} | {training['train_seconds']:.0f} |"
+            f"| {selection['num_kept']:,} | {training['num_steps']:,} | {training['train_seconds']:.0f} |"
         )
     return "\n".join(lines)
 
@@ -199,7 +199,8 @@ def render(cards: Card, data: Path, acceptance: Card | None = None, models: Path
         "## Fine-tunes\n",
         "Held-out loss in nats per token of the responses of each domain:\n",
         losses_table(cards) + "\n",
-        "Each domain was fine-tuned in both kinds; the bundled ones are math in full, code and medical as LoRA:\n",
+        "The bundled ones are math in full, code and medical as LoRA; `recipes.build` makes the other kind of each too, "
+        "to be compared. Those that were made:\n",
         fine_tunes_table(cards["fine_tunes_measured"]) + "\n",
         *(_drafting(acceptance, models) if acceptance is not None and models is not None else ()),
         "## Data\n",

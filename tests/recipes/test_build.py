@@ -1,12 +1,13 @@
 """Stages are run once and appear complete; the model cards name sources, losses and attributions."""
 
+import json
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
 from recipes.build import BUNDLED_KINDS, Limits, Recipe, Stage, publish, run_stage
-from recipes.model_cards import acceptance_table, render, retention_table
+from recipes.model_cards import acceptance_table, draft_section, render, retention_table
 from recipes.text import DOMAINS, FINE_TUNE_DOMAINS
 
 _DATA_README = """\
@@ -160,3 +161,19 @@ def test_acceptance_tables_state_loops_speed_and_retention() -> None:
     assert "| math | private | 3.50 | 3.25 | 50% | 350 | 1.75x | 3.50 | 350 | 1.75x |" in table
     assert "| math | none | 1.00 |" in table
     assert "| math | greedy | 25% | 125% |" in retention_table({"models": models})
+
+
+def test_the_draft_section_reads_what_the_commands_write(tmp_path: Path) -> None:
+    (tmp_path / "draft").mkdir()
+    report = {"num_parameters": 1_066_752, "num_steps": 620, "train_seconds": 386.2}
+    training = {"training": report, "regeneration": {"num_tokens": 650_000}, "num_samples": 4958}
+    document = {"draft_vocab_size": 4096, "vocab_size": 8192, "training": training}
+    (tmp_path / "draft" / "config.json").write_text(json.dumps(document))
+    learned = {"num_parameters": 167_936, "share_of_draft": 0.136, "num_steps": 204, "train_seconds": 90.4}
+    manifest = {"provenance": {"train": learned, "select": {"num_kept": 1000}}}
+    for name in FINE_TUNE_DOMAINS:
+        (tmp_path / "adapters" / name / "1").mkdir(parents=True)
+        (tmp_path / "adapters" / name / "1" / "adapter.json").write_text(json.dumps(manifest))
+    text = draft_section(tmp_path)
+    assert "4,096 of 8,192 tokens, trained on 4,958 answers of the base (650,000 tokens) in 620 steps" in text
+    assert "| code | 167,936 | 14% | 1,000 | 204 | 90 |" in text
