@@ -199,8 +199,8 @@ def render(cards: Card, data: Path, acceptance: Card | None = None, models: Path
         "## Fine-tunes\n",
         "Held-out loss in nats per token of the responses of each domain:\n",
         losses_table(cards) + "\n",
-        "The bundled ones are math in full, code and medical as LoRA; `recipes.build` makes the other kind of each too, "
-        "to be compared. Those that were made:\n",
+        "The bundled ones are math in full, code and medical as LoRA; `recipes.build` makes the other kind of each "
+        "too, to be compared. Those that were made:\n",
         fine_tunes_table(cards["fine_tunes_measured"]) + "\n",
         *(_drafting(acceptance, models) if acceptance is not None and models is not None else ()),
         "## Data\n",
