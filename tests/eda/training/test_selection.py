@@ -58,8 +58,8 @@ def test_samples_that_the_draft_knows_have_a_small_deficit_and_a_small_shift() -
         TrainingConfig(num_steps=60, batch_size=8, unroll_steps=2, learning_rate=1e-2, patience=None),
     )
     base, fine_tune = FineTune("base", known), FineTune("changed", changed)
-    easy = score_samples(base, base, draft, cyclic_samples(4, 1, seed=3))
-    hard = score_samples(base, fine_tune, draft, cyclic_samples(4, 5, seed=3))
+    easy = score_samples(base, base, draft, cyclic_samples(4, 1, seed=3), ("deficit",))
+    hard = score_samples(base, fine_tune, draft, cyclic_samples(4, 5, seed=3), ("deficit",))
     assert max(easy["deficit"]) < 0.5 < min(hard["deficit"])
 
 
