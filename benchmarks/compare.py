@@ -42,6 +42,7 @@ from benchmarks.peers.plain_checkpoint import write_plain_checkpoint
 from eda.private import PrivateModule
 from eda.speculative import SpeculativeDecoder
 from eda.target import load_fine_tune
+from recipes.acceptance import newest_private_module
 from server.engine.speculation import SpeculationTable
 from server.models import ModelPaths, choose_device, load_pair, model_paths
 from server.settings import load_settings
@@ -79,9 +80,9 @@ def load_family(paths: ModelPaths, domains: Sequence[str], dtype: str, device: s
     if draft is not None and paths.bundled_adapters is not None:
         store, loader = AdapterStore(paths.bundled_adapters), ModelLoader(target, draft)
         for domain in domains:
-            for version in store.versions(domain)[-1:]:
-                fingerprint = fine_tunes[domain].fingerprint
-                privates[domain] = loader.private_module(store, domain, version, fingerprint)[1]
+            private = newest_private_module(store, loader, fine_tunes[domain])
+            if private is not None:
+                privates[domain] = private
     return Family(target, draft, fine_tunes, privates)
 
 
