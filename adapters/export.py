@@ -100,12 +100,13 @@ def _tensors(draft: DraftModel, fine_tune: FineTune, private: PrivateModule | No
         for name, value in draft.state_dict().items()
     }
     heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_dim
-    query, key, value = own["attention.qkv_proj.weight"].split(
-        [heads * width, kv_heads * width, kv_heads * width]
-    )
-    fc = own["fc.weight"]
+    fc, qkv, output = (own[f"{name}.weight"] for name in ("fc", "attention.qkv_proj", "attention.o_proj"))
     if private is not None and private.config.fc_rank:
         fc = fc + private.fc_up.float() @ private.fc_down.float()
+    if private is not None and private.config.attention_rank:
+        qkv = qkv + private.qkv_up.float() @ private.qkv_down.float()
+        output = output + private.o_up.float() @ private.o_down.float()
+    query, key, value = qkv.split([heads * width, kv_heads * width, kv_heads * width])
     gate, up, down = _joined_feed_forward(own, private)
     ids = own["draft_token_ids"]
     chosen = torch.zeros(config.vocab_size, dtype=torch.bool)
@@ -121,7 +122,7 @@ def _tensors(draft: DraftModel, fine_tune: FineTune, private: PrivateModule | No
         "midlayer.self_attn.q_proj.weight": query,
         "midlayer.self_attn.k_proj.weight": key,
         "midlayer.self_attn.v_proj.weight": value,
-        "midlayer.self_attn.o_proj.weight": own["attention.o_proj.weight"],
+        "midlayer.self_attn.o_proj.weight": output,
         "midlayer.post_attention_layernorm.weight": own["feed_forward_norm.weight"],
         "midlayer.mlp.gate_proj.weight": gate,
         "midlayer.mlp.up_proj.weight": up,

@@ -77,6 +77,12 @@ def load_private_module(directory: Path, manifest: Manifest, draft: DraftModel) 
                 f"its width is {config.hidden_size} and its features {config.num_features}; the shared draft has "
                 f"{draft.config.hidden_size} and {draft.config.num_features}"
             )
+        attention = (draft.config.query_size, draft.config.kv_size)
+        if config.attention_rank and (config.query_size, config.kv_size) != attention:
+            raise MismatchError(
+                f"its queries are {config.query_size} wide and its keys {config.kv_size}; the shared draft's are "
+                f"{attention[0]} and {attention[1]}"
+            )
         weight = draft.fc.weight
         return PrivateModule.load(directory / WEIGHTS_FILE, config, dtype=weight.dtype, device=weight.device)
     except (EdaError, ValueError) as error:

@@ -14,6 +14,8 @@ MANIFEST_FILE = "adapter.json"
 WEIGHTS_FILE = "private.safetensors"
 MAX_MANIFEST_BYTES = 1024 * 1024
 SIZE_FIELDS = ("hidden_size", "num_features", "intermediate_size", "fc_rank")
+LATER_SIZE_FIELDS = ("attention_rank", "query_size", "kv_size")
+"""Versions from before private modules corrected attention lack them; 0 is meant then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +95,11 @@ class Manifest:
                     f"{path}: field {name!r} is {str(document.get(name))[:80]!r}; expected a JSON {kind.__name__}"
                 )
         sizes = document["sizes"]
-        if set(sizes) != set(SIZE_FIELDS) or not all(type(size) is int for size in sizes.values()):
+        known = set(SIZE_FIELDS) <= set(sizes) <= {*SIZE_FIELDS, *LATER_SIZE_FIELDS}
+        if not known or not all(type(size) is int for size in sizes.values()):
             raise CorruptVersionError(
-                f"{path}: field 'sizes' must hold the integers {', '.join(SIZE_FIELDS)}"
+                f"{path}: field 'sizes' must hold the integers {', '.join(SIZE_FIELDS)}, and may hold "
+                f"{', '.join(LATER_SIZE_FIELDS)}"
             )
         return cls(**{name: document[name] for name in expected})
 

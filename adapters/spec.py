@@ -29,6 +29,7 @@ class TrainingOptions:
     Attributes:
         intermediate_size: width of the private feed-forward network, in units; 0 leaves it out.
         fc_rank: rank of the correction of the draft's ``fc``; 0 leaves it out.
+        attention_rank: rank of the corrections of the draft's attention projections; 0 leaves them out.
         learning_rate: highest rate of the schedule.
         num_steps: optimiser steps, at most.
         batch_size: samples in a step.
@@ -42,6 +43,7 @@ class TrainingOptions:
 
     intermediate_size: int | None = None
     fc_rank: int | None = None
+    attention_rank: int | None = None
     learning_rate: float | None = None
     num_steps: int | None = None
     batch_size: int | None = None
@@ -59,9 +61,10 @@ class TrainingOptions:
                 raise InvalidInputError(
                     f"training.{name} is {value}; it must be from {low} to {high}", param=f"training.{name}"
                 )
-        if self.intermediate_size == 0 and self.fc_rank == 0:
+        if self.intermediate_size == 0 and self.fc_rank == 0 and self.attention_rank == 0:
             raise InvalidInputError(
-                "training.intermediate_size and training.fc_rank are both 0; nothing would be trained",
+                "training.intermediate_size, training.fc_rank and training.attention_rank are all 0; nothing would be "
+                "trained",
                 param="training",
             )
 
@@ -69,6 +72,7 @@ class TrainingOptions:
 _RANGES: dict[str, tuple[float, float]] = {
     "intermediate_size": (0, 65_536),
     "fc_rank": (0, 4_096),
+    "attention_rank": (0, 4_096),
     "learning_rate": (1e-8, 1.0),
     "num_steps": (1, 10_000_000),
     "batch_size": (1, 4_096),

@@ -18,7 +18,7 @@ from adapters.store import AdapterStore
 from adapters.worker_process import WorkerSettings
 from eda.draft import DraftModel
 from eda.errors import DataError
-from eda.private import PrivateModule
+from eda.private import PrivateConfig, PrivateModule
 from eda.target import FineTune
 from eda.training.evaluate import PLAIN, EvaluationConfig, Measurement, Variant, evaluate
 from eda.training.files import provenance
@@ -156,7 +156,10 @@ class TrainingStages:
             seed=options.seed,
         )
         config = PrivateTrainingConfig(
-            intermediate_size=options.intermediate_size, fc_rank=options.fc_rank, training=training
+            intermediate_size=options.intermediate_size,
+            fc_rank=options.fc_rank,
+            attention_rank=options.attention_rank,
+            training=training,
         )
         directory = context.workspace / "train"
         directory.mkdir(exist_ok=True)
@@ -262,7 +265,7 @@ class TrainingStages:
 
     def _module(self, context: StageContext) -> PrivateModule:
         sizes = context.results["train"]["sizes"]
-        config = self._models.draft.config.private_config(sizes["intermediate_size"], sizes["fc_rank"])
+        config = PrivateConfig(**sizes)
         weight = self._models.draft.fc.weight
         path = context.workspace / WEIGHTS_FILE
         return PrivateModule.load(path, config, dtype=weight.dtype, device=weight.device)

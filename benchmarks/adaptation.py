@@ -138,7 +138,8 @@ def make_trainee(run: RunSpec, draft: DraftModel) -> Trainee:
     if run.method == "lora":
         return lora_trainee(draft, run.lora_rank, seed=run.seed)
     width = round(run.width * draft.config.intermediate_size)
-    private = PrivateModule.initialised(draft.config.private_config(width, run.fc_rank), seed=run.seed)
+    sizes = draft.config.private_config(width, run.fc_rank, run.attention_rank)
+    private = PrivateModule.initialised(sizes, seed=run.seed)
     if run.initialisation == "random":  # the reference code's start: a draft that begins damaged
         generator = torch.Generator().manual_seed(run.seed + 1)
         with torch.no_grad():

@@ -18,7 +18,7 @@ from eda.training.self_prompts import SelfPromptConfig, write_own_prompts
 from eda.training.target_states import StateCache
 
 METHODS = ("shared", "retrain", "lora", "private")
-GRIDS = ("main", "width", "fc", "unroll", "loss", "init", "self", "cost")
+GRIDS = ("main", "width", "ranks", "unroll", "loss", "init", "self", "cost")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class RunSpec:
         method: one of ``METHODS``; "shared" trains nothing.
         data: "public", "regenerated", "self", or "half-<score>" for half of the regenerated tokens.
         width: of the private network, as a share of the shared one's.
+        fc_rank, attention_rank: of the private module's low-rank corrections.
         steps_share: optimiser steps, as a share of the benchmark's.
     """
 
@@ -37,7 +38,8 @@ class RunSpec:
     method: str
     data: str = "regenerated"
     width: float = 0.25
-    fc_rank: int = 0
+    fc_rank: int = 32
+    attention_rank: int = 32
     lora_rank: int = 64
     unroll_steps: int = 4
     loss: str = "lk"
@@ -54,6 +56,8 @@ class RunSpec:
             parts.append(f"width {self.width:g}")
             if self.fc_rank:
                 parts.append(f"fc rank {self.fc_rank}")
+            if self.attention_rank:
+                parts.append(f"attention rank {self.attention_rank}")
             if self.initialisation != "zero":
                 parts.append(f"{self.initialisation} start")
         if self.method == "lora":
@@ -100,9 +104,10 @@ def _grid(grid: str, domain: str, seed: int, scores: Sequence[Score]) -> list[Ru
         trained = [replace(private, method=m, data=d) for m in ("private", "retrain", "lora") for d in data]
         return [RunSpec(domain, seed, "shared"), *trained]
     if grid == "width":
-        return [replace(private, width=width) for width in (0.125, 0.25, 0.5, 1.0)]
-    if grid == "fc":
-        return [replace(private, fc_rank=rank) for rank in (0, 32)]
+        return [replace(private, width=width) for width in (0.0, 0.125, 0.25, 0.5, 1.0)]
+    if grid == "ranks":
+        ranks = [(0, 0), (32, 0), (0, 32), (32, 16), (32, 32), (32, 64)]
+        return [replace(private, fc_rank=fc, attention_rank=attention) for fc, attention in ranks]
     if grid == "unroll":
         return [replace(private, unroll_steps=steps) for steps in (1, 4, 7)]
     if grid == "loss":

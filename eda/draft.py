@@ -27,7 +27,14 @@ from eda.config import RopeConfig
 from eda.errors import CheckpointError, MismatchError
 from eda.kv_cache import KVCache
 from eda.layers import Attention, FeedForward, RMSNorm, RotaryEmbedding
-from eda.private import PrivateConfig, PrivateSegment, add_private_feed_forward, add_private_fusion
+from eda.private import (
+    PrivateConfig,
+    PrivateSegment,
+    add_private_feed_forward,
+    add_private_fusion,
+    add_private_output,
+    add_private_qkv,
+)
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -63,9 +70,20 @@ class DraftConfig:
         """Width of the fused input: three tapped layers side by side."""
         return 3 * self.hidden_size
 
-    def private_config(self, intermediate_size: int, fc_rank: int = 0) -> PrivateConfig:
+    @property
+    def query_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    def private_config(
+        self, intermediate_size: int, fc_rank: int = 0, attention_rank: int = 0
+    ) -> PrivateConfig:
         """Sizes of a private module for this draft."""
-        return PrivateConfig(self.hidden_size, self.num_features, intermediate_size, fc_rank)
+        attention = (attention_rank, self.query_size, self.kv_size) if attention_rank else ()
+        return PrivateConfig(self.hidden_size, self.num_features, intermediate_size, fc_rank, *attention)
 
 
 class DraftModel(nn.Module):
@@ -134,6 +152,14 @@ class DraftModel(nn.Module):
         residual = self.hidden_norm(hidden)
         return residual, torch.cat([self.embedding_norm(embeddings.to(residual.dtype)), residual], dim=-1)
 
+    def project(self, inputs: Tensor, segments: Sequence[PrivateSegment] = ()) -> Tensor:
+        """Queries, keys and values ``[T, Q + 2KV]`` of the pairs ``[T, 2H]`` from ``attention_inputs``."""
+        return add_private_qkv(self.attention.qkv_proj(inputs), inputs, segments)
+
+    def project_output(self, attended: Tensor, segments: Sequence[PrivateSegment] = ()) -> Tensor:
+        """What attention found, ``[T, Q]``, to ``[T, H]``."""
+        return add_private_output(self.attention.o_proj(attended), attended, segments)
+
     def add_feed_forward(self, hidden: Tensor, segments: Sequence[PrivateSegment] = ()) -> Tensor:
         """``hidden + shared(x) + private(x)`` with ``x`` the normalised ``hidden``; ``[T, H]`` to ``[T, H]``."""
         normalised = self.feed_forward_norm(hidden)
@@ -159,8 +185,9 @@ class DraftModel(nn.Module):
         residual, inputs = self.attention_inputs(hidden, embeddings)
         cos, sin = self.rotary(batch.positions, None, residual.dtype)
         masks = masks_for(batch, None)
-        hidden = residual + self.attention(inputs, cos, sin, cache, 0, batch, masks)
-        return self.add_feed_forward(hidden, segments)
+        qkv = self.project(inputs, segments)
+        attended = self.attention.attend(qkv, cos, sin, cache, 0, batch, masks)
+        return self.add_feed_forward(residual + self.project_output(attended, segments), segments)
 
     def logits(self, hidden: Tensor, head_rows: Tensor) -> Tensor:
         """Draft logits ``[N, draft_vocab_size]`` of ``hidden [N, H]`` under the ``head_rows [V_draft, H]``."""

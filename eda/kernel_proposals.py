@@ -109,6 +109,7 @@ class KernelProposals:
             row.head, row.embedding = head.packed.pointer, head.embedding.data_ptr()
             if state.private is not None:
                 private = self.kernel.private(state.private)
+                row.lora = private.attention
                 row.private_gate_up, row.private_down = private.gate_up, private.down
             rows.append(row)
             start += length

@@ -78,14 +78,10 @@ class Attention(nn.Module):
         self.q_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
         self.k_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
 
-    def project(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, lora: Sequence[LoraSegment] = (), layer: int = 0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries ``[T, num_heads, head_dim]``; rotated keys and plain values (``num_kv_heads``)."""
-        qkv = self.qkv_proj(hidden)
-        for segment in lora:
-            add_low_rank(qkv, hidden, segment, segment.adapter.layers[layer].qkv)
-        heads = qkv.view(hidden.shape[0], -1, self.head_dim)
+    def split(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of projected ``[T, Q + 2KV]``: rotated queries ``[T, num_heads, head_dim]``; rotated keys and plain values
+        (``num_kv_heads``)."""
+        heads = qkv.view(qkv.shape[0], -1, self.head_dim)
         queries_keys, values = heads[:, : -self.num_kv_heads], heads[:, -self.num_kv_heads :]
         if self.q_norm is not None and self.k_norm is not None:
             queries = self.q_norm(queries_keys[:, : self.num_heads])
@@ -93,6 +89,21 @@ class Attention(nn.Module):
             queries_keys = torch.cat([queries, keys], dim=1)
         rotated = rotate(queries_keys, cos, sin)
         return rotated[:, : self.num_heads], rotated[:, self.num_heads :], values
+
+    def attend(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache,
+        layer: int,
+        batch: PackedBatch,
+        masks: Sequence[Tensor | None],
+    ) -> Tensor:
+        """Writes the keys and values of ``qkv [T, Q + 2KV]`` into ``cache`` at ``layer`` and attends: ``[T, Q]``."""
+        queries, keys, values = self.split(qkv, cos, sin)
+        cache.write(layer, batch.slots, keys, values)
+        return attend(queries, cache.keys[layer], cache.values[layer], batch, masks).view(qkv.shape[0], -1)
 
     def forward(
         self,
@@ -115,10 +126,10 @@ class Attention(nn.Module):
         Returns:
             ``[T, hidden_size]``.
         """
-        queries, keys, values = self.project(hidden, cos, sin, lora, layer)
-        cache.write(layer, batch.slots, keys, values)
-        attended = attend(queries, cache.keys[layer], cache.values[layer], batch, masks)
-        attended = attended.view(hidden.shape[0], -1)
+        qkv = self.qkv_proj(hidden)
+        for segment in lora:
+            add_low_rank(qkv, hidden, segment, segment.adapter.layers[layer].qkv)
+        attended = self.attend(qkv, cos, sin, cache, layer, batch, masks)
         output: Tensor = self.o_proj(attended)
         for segment in lora:
             add_low_rank(output, attended, segment, segment.adapter.layers[layer].output)

@@ -31,22 +31,29 @@ class PrivateConfig:
         num_features: width of the fused target features (three times the target's width).
         intermediate_size: width of the private feed-forward network; 0 leaves it out.
         fc_rank: rank of the correction of the draft's ``fc``; 0 leaves it out.
+        attention_rank: rank of the corrections of the draft's attention projections; 0 leaves them out.
+        query_size, kv_size: widths of the draft's queries and of its keys; needed with ``attention_rank`` only.
     """
 
     hidden_size: int
     num_features: int
     intermediate_size: int
     fc_rank: int = 0
+    attention_rank: int = 0
+    query_size: int = 0
+    kv_size: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "num_features"):
+        attention = ("query_size", "kv_size") if self.attention_rank else ()
+        for name in ("hidden_size", "num_features", *attention):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("intermediate_size", "fc_rank"):
+        parts = ("intermediate_size", "fc_rank", "attention_rank")
+        for name in parts:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
-        if self.intermediate_size == 0 and self.fc_rank == 0:
-            raise ValueError("intermediate_size and fc_rank are both 0; a private module needs one of them")
+        if not any(getattr(self, name) for name in parts):
+            raise ValueError(f"{', '.join(parts)} are all 0; a private module needs one of them")
 
     def tensor_shapes(self) -> dict[str, tuple[int, int]]:
         """Names and shapes of the tensors that a file of this module holds."""
@@ -57,19 +64,31 @@ class PrivateConfig:
         if self.fc_rank:
             shapes["fc_down"] = (self.fc_rank, self.num_features)
             shapes["fc_up"] = (self.hidden_size, self.fc_rank)
+        if self.attention_rank:
+            # Attention reads the embedding and the hidden state side by side.
+            shapes["qkv_down"] = (self.attention_rank, 2 * self.hidden_size)
+            shapes["qkv_up"] = (self.query_size + 2 * self.kv_size, self.attention_rank)
+            shapes["o_down"] = (self.attention_rank, self.query_size)
+            shapes["o_up"] = (self.hidden_size, self.attention_rank)
         return shapes
 
 
 class PrivateModule(nn.Module):
-    """A SwiGLU network beside the shared one and, optionally, a low-rank correction of ``fc``.
+    """A SwiGLU network beside the shared one and low-rank corrections of ``fc`` and of attention, each optional.
 
-    Weights: ``gate_up_proj [2I, H]``, ``down_proj [H, I]``, ``fc_down [r, 3H_target]``, ``fc_up [H, r]``.
+    Weights: ``gate_up_proj [2I, H]``, ``down_proj [H, I]``; ``fc_down [r, 3H_target]``, ``fc_up [H, r]``;
+    ``qkv_down [r, 2H]``, ``qkv_up [Q + 2KV, r]`` (queries, keys and values share one ``down``), ``o_down [r, Q]``,
+    ``o_up [H, r]``.
     """
 
     gate_up_proj: nn.Parameter
     down_proj: nn.Parameter
     fc_down: nn.Parameter
     fc_up: nn.Parameter
+    qkv_down: nn.Parameter
+    qkv_up: nn.Parameter
+    o_down: nn.Parameter
+    o_up: nn.Parameter
 
     def __init__(
         self, config: PrivateConfig, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
@@ -83,12 +102,12 @@ class PrivateModule(nn.Module):
     def initialised(cls, config: PrivateConfig, *, seed: int = 0, scale: float = 0.02) -> "PrivateModule":
         """A module to start training from: inputs small and random, outputs zero.
 
-        Because ``down_proj`` and ``fc_up`` are zero, the draft with this module *is* the shared draft, bit for bit.
+        Because ``down_proj`` and all ``_up`` are zero, the draft with this module *is* the shared draft, bit for bit.
         """
         generator = torch.Generator().manual_seed(seed)
         module = cls(config)
         with torch.no_grad():
-            for name in ("gate_up_proj", "fc_down"):
+            for name in ("gate_up_proj", "fc_down", "qkv_down", "o_down"):
                 weight = getattr(module, name, None)
                 if weight is not None:
                     weight.normal_(0.0, scale, generator=generator)
@@ -106,6 +125,14 @@ class PrivateModule(nn.Module):
     def correct_fusion(self, features: Tensor) -> Tensor:
         """Low-rank addition to ``fc``: ``[T, 3H_target]`` to ``[T, H]``."""
         return functional.linear(functional.linear(features, self.fc_down), self.fc_up)
+
+    def correct_qkv(self, inputs: Tensor) -> Tensor:
+        """Low-rank addition to queries, keys and values: ``[T, 2H]`` to ``[T, Q + 2KV]``."""
+        return functional.linear(functional.linear(inputs, self.qkv_down), self.qkv_up)
+
+    def correct_output(self, attended: Tensor) -> Tensor:
+        """Low-rank addition to the projection behind attention: ``[T, Q]`` to ``[T, H]``."""
+        return functional.linear(functional.linear(attended, self.o_down), self.o_up)
 
     def fingerprint(self) -> str:
         """Hash of sizes and weights, to tell two modules apart."""
@@ -178,6 +205,16 @@ def add_private_feed_forward(output: Tensor, hidden: Tensor, segments: Sequence[
 def add_private_fusion(output: Tensor, features: Tensor, segments: Sequence[PrivateSegment]) -> Tensor:
     """Adds each segment's correction of ``features [T, 3H_target]`` to ``output [T, H]``."""
     return _add_by_segment(output, features, segments, "fc_rank", PrivateModule.correct_fusion)
+
+
+def add_private_qkv(output: Tensor, inputs: Tensor, segments: Sequence[PrivateSegment]) -> Tensor:
+    """Adds each segment's correction of ``inputs [T, 2H]`` to the projected ``output [T, Q + 2KV]``."""
+    return _add_by_segment(output, inputs, segments, "attention_rank", PrivateModule.correct_qkv)
+
+
+def add_private_output(output: Tensor, attended: Tensor, segments: Sequence[PrivateSegment]) -> Tensor:
+    """Adds each segment's correction of ``attended [T, Q]`` to ``output [T, H]``."""
+    return _add_by_segment(output, attended, segments, "attention_rank", PrivateModule.correct_output)
 
 
 def _add_by_segment(

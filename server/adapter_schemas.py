@@ -72,6 +72,9 @@ class TrainingBody(RequestModel):
         None, ge=0, le=65_536, description="width of the private network, units"
     )
     fc_rank: int | None = Field(None, ge=0, le=4_096, description="rank of the correction of fc")
+    attention_rank: int | None = Field(
+        None, ge=0, le=4_096, description="rank of the corrections of attention"
+    )
     learning_rate: float | None = Field(None, ge=1e-8, le=1.0)
     num_steps: int | None = Field(None, ge=1, le=10_000_000, description="optimiser steps, at most")
     batch_size: int | None = Field(None, ge=1, le=4_096, description="samples in a step")

@@ -24,6 +24,7 @@ struct DraftRow {
   float temperature;                // 0 takes the likeliest token, else tokens are drawn
   const Packed* head;
   const bf16* embedding;  // [vocabulary, hidden]
+  const LoraLayer* lora;  // low-rank corrections of attention
   const Packed *private_gate_up, *private_down;
 };
 
@@ -189,8 +190,8 @@ struct DraftTokens {
   void add(const Shape& shape, const DraftRow& row, int offset, int position, const Visible& seen, int64_t token_id,
            const float* cos_table, const float* sin_table) {
     const int at = int(slots.size());
-    if (segments.empty() || segments.back().private_down != row.private_down)
-      segments.push_back({at, at, nullptr, row.private_gate_up, row.private_down});
+    if (segments.empty() || segments.back().private_down != row.private_down || segments.back().lora != row.lora)
+      segments.push_back({at, at, row.lora, row.private_gate_up, row.private_down});
     segments.back().end = at + 1;
     visible.push_back(seen);
     slots.push_back(row.first_slot + offset);

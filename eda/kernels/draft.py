@@ -165,7 +165,13 @@ class DraftKernel:
         for part in segments:
             packed = self.private(part.module)
             special.append(
-                SegmentWeights(part.start, part.end, private_gate_up=packed.gate_up, private_down=packed.down)
+                SegmentWeights(
+                    part.start,
+                    part.end,
+                    lora=packed.attention,
+                    private_gate_up=packed.gate_up,
+                    private_down=packed.down,
+                )
             )
         return special
 
@@ -263,7 +269,7 @@ class _PackedPrivate:
 
     def __init__(self, module: PrivateModule, state: tuple[int, ...]) -> None:
         self.state = state
-        self.gate_up = self.down = self.fusion = 0
+        self.gate_up = self.down = self.fusion = self.attention = 0
         config = module.config
         if config.intermediate_size:
             self._weights = (
@@ -272,12 +278,20 @@ class _PackedPrivate:
             )
             self.gate_up, self.down = (weight.pointer for weight in self._weights)
         if config.fc_rank:
-            rank = -(-config.fc_rank // 16) * 16
-            up = torch.zeros(config.hidden_size, rank)
-            up[:, : config.fc_rank] = module.fc_up.detach()
-            self._fusion = PackedLowRank(module.fc_down, PackedWeight(up))
-            self._layer = LoraLayer(qkv=self._fusion.struct)
-            self.fusion = ctypes.addressof(self._layer)
+            self._fc = _packed_low_rank(module.fc_down, module.fc_up)
+            self._fusion = LoraLayer(qkv=self._fc.struct)
+            self.fusion = ctypes.addressof(self._fusion)
+        if config.attention_rank:
+            self._qkv = _packed_low_rank(module.qkv_down, module.qkv_up)
+            self._output = _packed_low_rank(module.o_down, module.o_up)
+            self._attention = LoraLayer(qkv=self._qkv.struct, output=self._output.struct)
+            self.attention = ctypes.addressof(self._attention)
+
+
+def _packed_low_rank(down: Tensor, up: Tensor) -> PackedLowRank:
+    """Ranks are padded to whole vectors, since the second product reads all of what the first one writes."""
+    padding = -down.shape[0] % 16
+    return PackedLowRank(down, PackedWeight(functional.pad(up.detach(), (0, padding))))
 
 
 def _state_of(module: PrivateModule) -> tuple[int, ...]:

@@ -154,6 +154,7 @@ class DraftRow(ctypes.Structure):
         ("temperature", ctypes.c_float),
         ("head", ctypes.c_void_p),
         ("embedding", ctypes.c_void_p),
+        ("lora", ctypes.c_void_p),
         ("private_gate_up", ctypes.c_void_p),
         ("private_down", ctypes.c_void_p),
     )

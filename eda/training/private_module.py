@@ -29,12 +29,14 @@ class PrivateTrainingConfig:
 
     Attributes:
         intermediate_size: width; ``None`` takes a quarter of the shared network's.
-        fc_rank: rank of the correction of ``fc``; ``None`` takes an eighth of the draft's width, 0 leaves it out.
+        fc_rank, attention_rank: ranks of the corrections of ``fc`` and of attention; ``None`` takes an eighth of the
+            draft's width, 0 leaves them out.
         memory_bytes: for cached target states.
     """
 
     intermediate_size: int | None = None
     fc_rank: int | None = None
+    attention_rank: int | None = None
     memory_bytes: int = DEFAULT_MEMORY_BYTES
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
@@ -57,11 +59,12 @@ def train_private_module(
 
     Raises like ``train``. An interrupted call goes on from its checkpoint.
     """
-    width = (
-        draft.config.intermediate_size // 4 if config.intermediate_size is None else config.intermediate_size
+    rank = draft.config.hidden_size // 8
+    sizes = draft.config.private_config(
+        draft.config.intermediate_size // 4 if config.intermediate_size is None else config.intermediate_size,
+        rank if config.fc_rank is None else config.fc_rank,
+        rank if config.attention_rank is None else config.attention_rank,
     )
-    rank = draft.config.hidden_size // 8 if config.fc_rank is None else config.fc_rank
-    sizes = draft.config.private_config(width, rank)
     private = PrivateModule.initialised(sizes, seed=config.training.seed).to(draft.fc.weight.device)
     trainee = private_trainee(draft, private)
     report = train(

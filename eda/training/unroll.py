@@ -73,7 +73,7 @@ def unroll(
     cos, sin = draft.rotary(positions, None, residual.dtype)
     queries, keys, values = (
         part.view(num_sequences, length, *part.shape[1:])
-        for part in draft.attention.project(inputs, cos, sin)
+        for part in draft.attention.split(draft.project(inputs, everywhere), cos, sin)
     )
     groups = queries.shape[2] // keys.shape[2]
     rooted_keys, rooted_values = (
@@ -95,12 +95,12 @@ def unroll(
             cos, sin = draft.rotary((roots + step).flatten(), None, residual.dtype)
             step_queries, step_keys, step_values = (
                 part.view(num_sequences, roots.shape[1], *part.shape[1:]).transpose(1, 2)
-                for part in draft.attention.project(inputs, cos, sin)
+                for part in draft.attention.split(draft.project(inputs, segments), cos, sin)
             )
             own_keys.append(step_keys.repeat_interleave(groups, dim=1))
             own_values.append(step_values.repeat_interleave(groups, dim=1))
             attended = _attend(step_queries, rooted_keys, rooted_values, seen, own_keys, own_values)
-        output = draft.attention.o_proj(attended.transpose(1, 2).reshape(roots.numel(), -1))
+        output = draft.project_output(attended.transpose(1, 2).reshape(roots.numel(), -1), segments)
         hidden = draft.add_feed_forward(residual + output, segments)
         yield hidden.view(num_sequences, roots.shape[1], -1)
 

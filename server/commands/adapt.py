@@ -58,6 +58,13 @@ def adapt(
             min=0, help="Rank of the correction of `fc`; 0 leaves it out. [an eighth of the draft's width]"
         ),
     ] = None,
+    attention_rank: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Rank of the corrections of attention; 0 leaves them out. [an eighth of the draft's width]",
+        ),
+    ] = None,
     num_steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps. [3 passes]")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Answers in an optimiser step. [16]")] = None,
     learning_rate: Annotated[
@@ -89,6 +96,7 @@ def adapt(
         options = TrainingOptions(
             intermediate_size=width,
             fc_rank=fc_rank,
+            attention_rank=attention_rank,
             learning_rate=learning_rate,
             num_steps=num_steps,
             batch_size=batch_size,

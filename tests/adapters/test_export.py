@@ -36,8 +36,10 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     return family
 
 
-def private_module(family: Family, intermediate_size: int, fc_rank: int) -> PrivateModule:
-    module = PrivateModule(family.draft.config.private_config(intermediate_size, fc_rank))
+def private_module(
+    family: Family, intermediate_size: int, fc_rank: int, attention_rank: int = 0
+) -> PrivateModule:
+    module = PrivateModule(family.draft.config.private_config(intermediate_size, fc_rank, attention_rank))
     generator = torch.Generator().manual_seed(7)
     for parameter in module.parameters():
         parameter.data.normal_(0.0, 0.3, generator=generator)
@@ -120,9 +122,9 @@ def own_passes(
 
 
 @pytest.mark.parametrize("fine_tune", ["base", "math", "code", "medical"])
-@pytest.mark.parametrize("sizes", [None, (20, 0), (0, 3), (20, 3)])
+@pytest.mark.parametrize("sizes", [None, (20, 0), (0, 3), (0, 0, 3), (20, 3, 5)])
 def test_the_export_drafts_what_the_draft_does(
-    family: Family, tmp_path: Path, fine_tune: str, sizes: tuple[int, int] | None
+    family: Family, tmp_path: Path, fine_tune: str, sizes: tuple[int, ...] | None
 ) -> None:
     draft, model = family.draft, family.fine_tunes[fine_tune]
     private = None if sizes is None else private_module(family, *sizes)

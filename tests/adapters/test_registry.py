@@ -200,7 +200,21 @@ def test_restart_restores_everything(setup: Setup) -> None:
             {"sizes": {"hidden_size": 16, "num_features": 48, "intermediate_size": 4, "fc_rank": 0}},
             "width is 16",
         ),
-        ({"sizes": {"hidden_size": 32, "num_features": 96, "intermediate_size": 0, "fc_rank": 0}}, "both 0"),
+        ({"sizes": {"hidden_size": 32, "num_features": 96, "intermediate_size": 0, "fc_rank": 0}}, "all 0"),
+        (
+            {
+                "sizes": {
+                    "hidden_size": 32,
+                    "num_features": 96,
+                    "intermediate_size": 4,
+                    "fc_rank": 0,
+                    "attention_rank": 2,
+                    "query_size": 8,
+                    "kv_size": 8,
+                }
+            },
+            "queries are 8 wide",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(setup: Setup, changes: dict[str, object], message: str) -> None:

@@ -66,6 +66,7 @@ def test_a_moved_version_is_refused(store: AdapterStore) -> None:
     [
         ("version", "1"),
         ("sizes", {"hidden_size": 8}),
+        ("sizes", {"hidden_size": 8, "num_features": 24, "intermediate_size": 4, "fc_rank": 0, "depth": 1}),
         ("name", None),
         ("weights_bytes", True),
         ("metrics", []),

@@ -1,5 +1,6 @@
 """The shared draft and private modules: exact identities, files, refusals."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -59,7 +60,8 @@ def inputs(family: Family) -> tuple[Tensor, Tensor, Tensor]:
 def test_a_private_module_before_training_is_the_shared_draft_bit_for_bit(
     family: Family, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    module = PrivateModule.initialised(family.draft.config.private_config(16, fc_rank=4), seed=1)
+    sizes = family.draft.config.private_config(16, fc_rank=4, attention_rank=3)
+    module = PrivateModule.initialised(sizes, seed=1)
     shared = draft_logits(family.draft, *inputs, [5, 7], [])
     for segments in ([PrivateSegment(module, 0, 12)], [PrivateSegment(module, 5, 12)]):
         assert torch.equal(draft_logits(family.draft, *inputs, [5, 7], segments), shared)
@@ -70,7 +72,7 @@ def test_rows_with_different_private_modules_equal_passes_of_their_own(
 ) -> None:
     config = family.draft.config
     modules = [
-        random_module(config.private_config(16, 4), 1),
+        random_module(config.private_config(16, 4, 3), 1),
         None,
         random_module(config.private_config(40, 0), 2),
     ]
@@ -105,6 +107,21 @@ def test_concatenated_equals_the_sum_of_shared_and_private(family: Family) -> No
     torch.testing.assert_close(module.feed_forward(hidden), private, rtol=1e-5, atol=1e-6)
 
 
+def test_corrections_equal_a_draft_with_the_updates_merged_in(
+    family: Family, inputs: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    module = random_module(family.draft.config.private_config(0, 4, 3), 4)
+    merged = copy.deepcopy(family.draft)
+    with torch.no_grad():
+        merged.fc.weight += module.fc_up @ module.fc_down
+        merged.attention.qkv_proj.weight += module.qkv_up @ module.qkv_down
+        merged.attention.o_proj.weight += module.o_up @ module.o_down
+    expected = draft_logits(merged, *inputs, [5, 7], [])
+    found = draft_logits(family.draft, *inputs, [5, 7], [PrivateSegment(module, 0, 12)])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found, draft_logits(family.draft, *inputs, [5, 7], []), atol=1e-2)
+
+
 def test_concatenating_a_module_without_a_network_is_refused(family: Family) -> None:
     module = PrivateModule(family.draft.config.private_config(0, fc_rank=2))
     with pytest.raises(ValueError, match="intermediate_size 0"):
@@ -112,7 +129,7 @@ def test_concatenating_a_module_without_a_network_is_refused(family: Family) -> 
 
 
 def test_a_saved_module_loads_as_it_was(family: Family, tmp_path: Path) -> None:
-    module = random_module(family.draft.config.private_config(16, 4), 5)
+    module = random_module(family.draft.config.private_config(16, 4, 3), 5)
     module.save(tmp_path / "private.safetensors")
     loaded = PrivateModule.load(tmp_path / "private.safetensors", module.config)
     assert loaded.fingerprint() == module.fingerprint()
@@ -173,8 +190,9 @@ def test_draft_directories_that_do_not_fit_are_refused(family: Family, tmp_path:
     ("sizes", "message"),
     [
         ({"intermediate_size": -1}, "intermediate_size is -1"),
-        ({"intermediate_size": 0, "fc_rank": 0}, "both 0"),
+        ({"intermediate_size": 0, "fc_rank": 0}, "all 0"),
         ({"intermediate_size": 4, "fc_rank": -2}, "fc_rank is -2"),
+        ({"intermediate_size": 4, "attention_rank": 2}, "query_size is 0"),
     ],
 )
 def test_impossible_private_sizes_are_refused(sizes: dict[str, int], message: str) -> None:

@@ -36,9 +36,9 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     return make_family(tmp_path_factory.mktemp("family"))
 
 
-def random_private(draft: DraftModel, seed: int, *, fc_rank: int = 3) -> PrivateModule:
+def random_private(draft: DraftModel, seed: int, *, rank: int = 3) -> PrivateModule:
     """A private module with large random weights everywhere: as wrong as a module can be."""
-    module = PrivateModule(draft.config.private_config(24, fc_rank))
+    module = PrivateModule(draft.config.private_config(24, rank, rank))
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         parameter.data.normal_(0.0, 0.5, generator=generator)
@@ -114,7 +114,7 @@ def test_greedy_equals_the_reference_in_mixed_batches_with_any_private_module(fa
     privates = [
         None,
         *(random_private(family.draft, seed) for seed in range(3)),
-        random_private(family.draft, 9, fc_rank=0),
+        random_private(family.draft, 9, rank=0),
     ]
     modes = [CHAIN, TREE, PLAIN, Speculation("chain", num_speculative_tokens=1)]
     rng = random.Random(2)

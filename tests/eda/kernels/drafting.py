@@ -103,6 +103,7 @@ class Rounds:
         row.head, row.embedding = self.head.packed.pointer, self.head.embedding.data_ptr()
         if part.module is not None:
             private = self.kernel.private(part.module)
+            row.lora = private.attention
             row.private_gate_up, row.private_down = private.gate_up, private.down
         return row
 

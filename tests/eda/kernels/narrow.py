@@ -124,7 +124,7 @@ def make_narrow_family(directory: Path) -> NarrowFamily:
     )
     modules = [
         None,
-        narrow_module(config.private_config(20, 3), 1),
+        narrow_module(config.private_config(20, 3, 5), 1),
         narrow_module(config.private_config(50, 0), 2),
     ]
     return NarrowFamily(fine_tunes, narrow_draft(config)[0], modules)

@@ -20,9 +20,9 @@ def rounds() -> Rounds:
 def mixed_parts(rounds: Rounds, num_steps: tuple[int, ...]) -> list[Part]:
     modules = [
         None,
-        narrow_module(rounds.config.private_config(20, 3), 1),
+        narrow_module(rounds.config.private_config(20, 3, 4), 1),
         narrow_module(rounds.config.private_config(70, 0), 2),
-        narrow_module(rounds.config.private_config(0, 5), 3),
+        narrow_module(rounds.config.private_config(0, 0, 5), 3),
     ]
     return [
         rounds.part(extent, 3 + place, modules[place % 4], steps)

@@ -14,10 +14,11 @@ pytestmark = pytest.mark.usefixtures("_needs_kernels")
 # Widths of private networks and ranks of corrections, 0 for none; blocks are of 32 and 16.
 MODULES = {
     "none": None,
-    "both": (20, 3),
-    "network": (50, 0),
-    "wider than the draft's": (90, 17),
-    "fc": (0, 5),
+    "all": (20, 3, 5),
+    "network": (50, 0, 0),
+    "wider than the draft's": (90, 17, 17),
+    "fc": (0, 5, 0),
+    "attention": (0, 0, 16),
 }
 SIZES = {
     "head 32": {"hidden_size": 48, "head_dim": 32},
@@ -37,7 +38,7 @@ def check_two_rounds(rounds: Rounds, modules: list[PrivateModule | None]) -> lis
     """A prompt each and some accepted tokens later, all rows in one pass; returns what the C++ passes gave."""
     extents = rounds.extents(len(modules))
     found: dict[str, list[Tensor]] = {"kernel": [], "torch": [], "exact": []}
-    for counts in ((7, 1, 13, 4, 5), (1, 3, 2, 5, 1)):
+    for counts in ((7, 1, 13, 4, 5, 2), (1, 3, 2, 5, 1, 4)):
         parts = [
             rounds.part(extent, count, module)
             for extent, count, module in zip(extents, counts, modules, strict=False)
@@ -72,7 +73,7 @@ def test_a_row_alone_and_among_others_is_the_same_to_the_bit() -> None:
     parts = [
         rounds.part(extent, count, module)
         for extent, count, module in zip(
-            rounds.extents(5), (7, 1, 13, 4, 5), modules_for(rounds), strict=True
+            rounds.extents(6), (7, 1, 13, 4, 5, 2), modules_for(rounds), strict=True
         )
     ]
     together = rounds.extend(parts)[0]
@@ -110,17 +111,19 @@ def test_a_target_in_float32_beside_a_draft_in_bfloat16() -> None:
 @pytest.mark.usefixtures("_own_thread_number")
 def test_the_number_of_threads_changes_no_bit() -> None:
     rounds = Rounds(draft_config())
-    parts = [rounds.part(e, 6, m) for e, m in zip(rounds.extents(5), modules_for(rounds), strict=True)]
+    parts = [rounds.part(e, 6, m) for e, m in zip(rounds.extents(6), modules_for(rounds), strict=True)]
     expected = rounds.extend(parts)[0]
     for count in (2, 3):
         torch.set_num_threads(count)
         assert torch.equal(rounds.extend(parts)[0], expected)
 
 
-@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj", "fc_down", "fc_up"])
+@pytest.mark.parametrize(
+    "name", ["gate_up_proj", "down_proj", "fc_down", "fc_up", "qkv_down", "qkv_up", "o_down", "o_up"]
+)
 def test_a_private_module_that_changes_is_laid_out_anew(name: str) -> None:
     rounds = Rounds(draft_config())
-    module = narrow_module(rounds.config.private_config(20, 3), 1)
+    module = narrow_module(rounds.config.private_config(20, 3, 3), 1)
     part = rounds.part(rounds.extents(1)[0], 6, module)
     before = rounds.extend([part])[0]
     packed = rounds.kernel.private(module)

@@ -38,14 +38,15 @@ CONFIG = TrainingConfig(
 )
 
 
-def private_for(target_seed: int = 0, *, fc_rank: int = 0) -> Trainee:
+def private_for(target_seed: int = 0, *, rank: int = 0) -> Trainee:
     draft = spread(new_draft(random_target(target_seed)))
-    return private_trainee(draft, PrivateModule.initialised(draft.config.private_config(12, fc_rank), seed=5))
+    sizes = draft.config.private_config(12, rank, rank)
+    return private_trainee(draft, PrivateModule.initialised(sizes, seed=5))
 
 
-@pytest.mark.parametrize("fc_rank", [0, 3])
-def test_only_the_private_module_receives_gradients_and_changes(fc_rank: int) -> None:
-    target, trainee = random_target(), private_for(fc_rank=fc_rank)
+@pytest.mark.parametrize("rank", [0, 3])
+def test_only_the_private_module_receives_gradients_and_changes(rank: int) -> None:
+    target, trainee = random_target(), private_for(rank=rank)
     assert trainee.private is not None
     data = dataset_of(target, random_samples(16))
     draft_before, target_before = (
@@ -70,9 +71,9 @@ def test_a_gradient_in_the_wrong_place_is_an_error() -> None:
         train(trainee, data, data, CONFIG)
 
 
-@pytest.mark.parametrize("fc_rank", [0, 3])
-def test_before_training_the_private_draft_is_the_shared_one_bit_for_bit(fc_rank: int) -> None:
-    target, trainee = random_target(), private_for(fc_rank=fc_rank)
+@pytest.mark.parametrize("rank", [0, 3])
+def test_before_training_the_private_draft_is_the_shared_one_bit_for_bit(rank: int) -> None:
+    target, trainee = random_target(), private_for(rank=rank)
     batch = dataset_of(target, random_samples(6)).batch(range(6), 3)
     with torch.no_grad():
         for private in (None, trainee.private):

@@ -36,7 +36,7 @@ def random_draft(seed: int) -> DraftModel:
 
 
 def random_private(seed: int) -> PrivateModule:
-    module = PrivateModule(CONFIG.private_config(16, fc_rank=3))
+    module = PrivateModule(CONFIG.private_config(16, fc_rank=3, attention_rank=5))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
