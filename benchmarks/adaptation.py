@@ -137,8 +137,8 @@ def make_trainee(run: RunSpec, draft: DraftModel) -> Trainee:
         return retrain_trainee(draft)
     if run.method == "lora":
         return lora_trainee(draft, run.lora_rank, seed=run.seed)
-    width = round(run.width * draft.config.intermediate_size)
-    sizes = draft.config.private_config(width, run.fc_rank, run.attention_rank)
+    ranks = [round(share * draft.config.hidden_size) for share in (run.fc_rank, run.attention_rank)]
+    sizes = draft.config.private_config(round(run.width * draft.config.intermediate_size), *ranks)
     private = PrivateModule.initialised(sizes, seed=run.seed)
     if run.initialisation == "random":  # the reference code's start: a draft that begins damaged
         generator = torch.Generator().manual_seed(run.seed + 1)

@@ -29,7 +29,7 @@ class RunSpec:
         method: one of ``METHODS``; "shared" trains nothing.
         data: "public", "regenerated", "self", or "half-<score>" for half of the regenerated tokens.
         width: of the private network, as a share of the shared one's.
-        fc_rank, attention_rank: of the private module's low-rank corrections.
+        fc_rank, attention_rank: of the private module's low-rank corrections, as a share of the draft's width.
         steps_share: optimiser steps, as a share of the benchmark's.
     """
 
@@ -38,8 +38,8 @@ class RunSpec:
     method: str
     data: str = "regenerated"
     width: float = 0.25
-    fc_rank: int = 32
-    attention_rank: int = 32
+    fc_rank: float = 0.125
+    attention_rank: float = 0.125
     lora_rank: int = 64
     unroll_steps: int = 4
     loss: str = "lk"
@@ -55,9 +55,9 @@ class RunSpec:
         if self.method == "private":
             parts.append(f"width {self.width:g}")
             if self.fc_rank:
-                parts.append(f"fc rank {self.fc_rank}")
+                parts.append(f"fc rank {self.fc_rank:g}")
             if self.attention_rank:
-                parts.append(f"attention rank {self.attention_rank}")
+                parts.append(f"attention rank {self.attention_rank:g}")
             if self.initialisation != "zero":
                 parts.append(f"{self.initialisation} start")
         if self.method == "lora":
@@ -106,7 +106,7 @@ def _grid(grid: str, domain: str, seed: int, scores: Sequence[Score]) -> list[Ru
     if grid == "width":
         return [replace(private, width=width) for width in (0.0, 0.125, 0.25, 0.5, 1.0)]
     if grid == "ranks":
-        ranks = [(0, 0), (32, 0), (0, 32), (32, 16), (32, 32), (32, 64)]
+        ranks = [(0.0, 0.0), (0.125, 0.0), (0.0, 0.125), (0.125, 0.0625), (0.125, 0.125), (0.125, 0.25)]
         return [replace(private, fc_rank=fc, attention_rank=attention) for fc, attention in ranks]
     if grid == "unroll":
         return [replace(private, unroll_steps=steps) for steps in (1, 4, 7)]

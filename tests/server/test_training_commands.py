@@ -113,8 +113,9 @@ def test_the_ablation_runs_resumes_and_summarises(
     assert {path: path.stat().st_mtime_ns for path in results} == changed
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())
     by_label = {row["label"]: row for row in rows}
-    assert set(by_label) >= {"shared, unadapted", "private, width 0.25, public", "retrain, half-deficit"}
-    assert by_label["private, width 0.25, regenerated"]["share_of_draft"] < 0.2
+    private = "private, width 0.25, fc rank 0.125, attention rank 0.125"
+    assert set(by_label) >= {"shared, unadapted", f"{private}, public", "retrain, half-deficit"}
+    assert by_label[f"{private}, regenerated"]["share_of_draft"] < 0.2
     assert all(row["greedy"] >= 1.0 and row["speed_up_greedy"] > 0 for row in rows)
     assert "| math | shared, unadapted |" in (tmp_path / "out" / "summary.md").read_text()
     assert (tmp_path / "out" / "summary.png").stat().st_size > 1000
