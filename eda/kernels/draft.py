@@ -48,28 +48,33 @@ def supports(draft: "DraftModel") -> bool:
 class DraftHead:
     """Embeddings and output rows of one fine-tune, as the draft reads them."""
 
-    def __init__(self, head_rows: Tensor, embedding: Tensor) -> None:
+    def __init__(self, head_rows: Tensor, embedding: Tensor, *, quantised: bool = True) -> None:
         """``head_rows [V_draft, H]``; ``embedding [V, H]``: of any type, since the target's may not be the draft's."""
-        self.packed = PackedWeight(head_rows)
+        self.packed = PackedWeight(head_rows, quantised=quantised)
         self.embedding = embedding.detach().to(torch.bfloat16).contiguous()
 
 
 class DraftKernel:
-    """Runs one frozen draft. It copies the weights: later changes of the draft are not seen."""
+    """Runs one frozen draft. It copies the weights: later changes of the draft are not seen.
 
-    def __init__(self, draft: "DraftModel", cache: KVCache) -> None:
+    They are ``quantised`` to 7 bits, low-rank corrections aside: a draft pass is bound by reading its weights, and what
+    rounding does to a guess costs less than the time. Outputs stay exact, since the target verifies every token.
+    """
+
+    def __init__(self, draft: "DraftModel", cache: KVCache, *, quantised: bool = True) -> None:
         library = kernels()
         assert library is not None
         self._library = library
         self._draft = draft
         self._cache = cache
+        self._quantised = quantised
         config, attention, feed_forward = draft.config, draft.attention, draft.feed_forward
         weights = [
-            PackedWeight(attention.qkv_proj.weight),
-            PackedWeight(attention.o_proj.weight),
-            packed_gate_up(feed_forward.gate_up_proj.weight, config.intermediate_size),
-            PackedWeight(feed_forward.down_proj.weight),
-            PackedWeight(draft.fc.weight),
+            PackedWeight(attention.qkv_proj.weight, quantised=quantised),
+            PackedWeight(attention.o_proj.weight, quantised=quantised),
+            packed_gate_up(feed_forward.gate_up_proj.weight, config.intermediate_size, quantised=quantised),
+            PackedWeight(feed_forward.down_proj.weight, quantised=quantised),
+            PackedWeight(draft.fc.weight, quantised=quantised),
         ]
         norms = [
             *draft.tap_norms,
@@ -239,7 +244,7 @@ class DraftKernel:
         found = self._private.get(module)
         state = _state_of(module)
         if found is None or found.state != state:
-            found = self._private[module] = _PackedPrivate(module, state)
+            found = self._private[module] = _PackedPrivate(module, state, quantised=self._quantised)
         return found
 
     def _angles(self, num_positions: int) -> tuple[Tensor, Tensor]:
@@ -267,14 +272,14 @@ class DraftKernel:
 class _PackedPrivate:
     """One private module; addresses are 0 for parts that it lacks."""
 
-    def __init__(self, module: PrivateModule, state: tuple[int, ...]) -> None:
+    def __init__(self, module: PrivateModule, state: tuple[int, ...], *, quantised: bool) -> None:
         self.state = state
         self.gate_up = self.down = self.fusion = self.attention = 0
         config = module.config
         if config.intermediate_size:
             self._weights = (
-                packed_gate_up(module.gate_up_proj, config.intermediate_size),
-                PackedWeight(module.down_proj),
+                packed_gate_up(module.gate_up_proj, config.intermediate_size, quantised=quantised),
+                PackedWeight(module.down_proj, quantised=quantised),
             )
             self.gate_up, self.down = (weight.pointer for weight in self._weights)
         if config.fc_rank:

@@ -31,6 +31,7 @@ class Packed(ctypes.Structure):
         ("k", ctypes.c_int32),
         ("tiles", ctypes.c_int32),
         ("unused", ctypes.c_int32),
+        ("scales", ctypes.c_void_p),
     )
 
 

@@ -53,9 +53,12 @@ class Part:
 
 
 class Rounds:
-    """The same draft thrice: on the C++ passes, and on torch in bfloat16 and in float32."""
+    """The same draft thrice: on the C++ passes, and on torch in bfloat16 and in float32.
 
-    def __init__(self, config: DraftConfig, seed: int = 0) -> None:
+    Without ``quantised`` the first reads the same weights as the others, so that errors are those of its sums.
+    """
+
+    def __init__(self, config: DraftConfig, seed: int = 0, *, quantised: bool = False) -> None:
         self.config = config
         self.narrow, self.wide = narrow_draft(config, seed)
         generator = torch.Generator().manual_seed(seed + 1)
@@ -63,8 +66,8 @@ class Rounds:
         rows = torch.randn(config.draft_vocab_size, config.hidden_size, generator=generator)
         self.head_rows = (rows * 0.4).bfloat16()
         self.cache = self.narrow.new_cache(NUM_SLOTS)
-        self.kernel = DraftKernel(self.narrow, self.cache)
-        self.head = DraftHead(self.head_rows, self.embedding)
+        self.kernel = DraftKernel(self.narrow, self.cache, quantised=quantised)
+        self.head = DraftHead(self.head_rows, self.embedding, quantised=quantised)
         self._torch_caches = {draft: draft.new_cache(NUM_SLOTS) for draft in (self.narrow, self.wide)}
         self._generator = generator
 

@@ -68,8 +68,9 @@ def test_different_private_modules_in_one_pass(sizes: str) -> None:
     check_two_rounds(rounds, modules_for(rounds))
 
 
-def test_a_row_alone_and_among_others_is_the_same_to_the_bit() -> None:
-    rounds = Rounds(draft_config())
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_row_alone_and_among_others_is_the_same_to_the_bit(quantised: bool) -> None:
+    rounds = Rounds(draft_config(), quantised=quantised)
     parts = [
         rounds.part(extent, count, module)
         for extent, count, module in zip(
@@ -81,8 +82,9 @@ def test_a_row_alone_and_among_others_is_the_same_to_the_bit() -> None:
         assert torch.equal(rounds.extend([part])[0][0], together[place])
 
 
-def test_an_extension_in_pieces_is_the_same_to_the_bit() -> None:
-    rounds = Rounds(draft_config())
+@pytest.mark.parametrize("quantised", [False, True])
+def test_an_extension_in_pieces_is_the_same_to_the_bit(quantised: bool) -> None:
+    rounds = Rounds(draft_config(), quantised=quantised)
     module = modules_for(rounds)[1]
     [extent] = rounds.extents(1)
     whole = rounds.part(extent, 12, module)
@@ -100,7 +102,7 @@ def test_a_target_in_float32_beside_a_draft_in_bfloat16() -> None:
     part.num_steps = 5
     hidden, chains = rounds.extend([part])
     logits = rounds.step_logits(part, hidden[0], chains[0])
-    rounds.head = DraftHead(rounds.head_rows.float(), rounds.embedding.float())
+    rounds.head = DraftHead(rounds.head_rows.float(), rounds.embedding.float(), quantised=False)
     rounds.embedding, part.features = rounds.embedding.float(), part.features.float()
     found, found_chains = rounds.extend([part])
     assert torch.equal(found, hidden)
