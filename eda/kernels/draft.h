@@ -68,15 +68,14 @@ void draft_layer(Pool& pool, const Draft& draft, const Shape& shape, const Token
   pool.run([&](int rank) {
     const Range rows = share(tokens.count, rank, pool.size());
     alignas(64) float plain[8192];
-    for (int row = rows.first; row < rows.end; ++row) {
-      bf16* input = run.input + int64_t(row) * 2 * size;
+    const bf16* inputs = run.normalise(rank, run.input, 2 * size, [&](int row, bf16* input) {
       for (int i = 0; i < size; i += 16) _mm512_store_ps(plain + i, load_bf16(embeddings[row] + i));
       rms_norm(plain, draft.embedding_norm, size, shape.eps, input);
+      const bool mine = rows.first <= row && row < rows.end;  // of the residual there is one, whatever the copies
       rms_norm(hidden + int64_t(row) * size, draft.hidden_norm, size, shape.eps, input + size,
-               run.residual + int64_t(row) * size);
-    }
-    pool.barrier();
-    run.layer(rank, draft.layer, 0);
+               mine ? run.residual + int64_t(row) * size : nullptr);
+    });
+    run.layer(rank, inputs, draft.layer, 0);
     std::memcpy(hidden + int64_t(rows.first) * size, run.residual + int64_t(rows.first) * size,
                 sizeof(float) * size * (rows.end - rows.first));
   });

@@ -79,13 +79,15 @@ struct Range {
 Range share(int count, int rank, int size) { return {int(int64_t(count) * rank / size), int(int64_t(count) * (rank + 1) / size)}; }
 
 constexpr int TILES = 4;  // of all weights but the first halves of low-rank updates
+constexpr int BLOCK = 16 * TILES;  // outputs in a block of such a weight
+constexpr int FEW_ROWS = 8;  // so many rows are normalised faster by every thread for itself than waited for
 
 struct Run {
   Pool& pool;
   const Shape& shape;
   const Tokens& tokens;
   float* residual;  // [count, hidden]
-  bf16 *input, *qkv, *attended, *normal, *inner, *private_inner, *low_rank;
+  bf16 *input, *qkv, *attended, *normal, *inner, *private_inner, *low_rank;  // `input`, `normal`: see `normalise`
   float* scores;
   int64_t score_stride, low_stride;  // of `low_rank`: the widest inner sums of all LoRAs in the pass, 0 without one
 
@@ -93,10 +95,11 @@ struct Run {
     const size_t count = t.count;
     low_stride = widest_rank(num_layers);
     residual = scratch.residual.of(count * s.hidden);
-    input = scratch.input.of(count * s.qkv_inputs);
+    const size_t copies = copied() ? p.size() : 1;
+    input = scratch.input.of(copies * count * s.qkv_inputs);
     qkv = scratch.qkv.of(count * qkv_size());
     attended = scratch.attended.of(count * s.heads * s.head_size);
-    normal = scratch.normal.of(count * s.hidden);
+    normal = scratch.normal.of(copies * count * s.hidden);
     inner = scratch.inner.of(count * s.intermediate);
     private_inner = scratch.private_inner.of(count * s.intermediate);
     low_rank = scratch.low_rank.of(count * low_stride);
@@ -107,6 +110,20 @@ struct Run {
   }
 
   int64_t qkv_size() const { return int64_t(shape.heads + 2 * shape.key_heads) * shape.head_size; }
+
+  // Whether each thread has its own copy of what is normalised.
+  bool copied() const { return tokens.count <= FEW_ROWS; }
+
+  // Calls `fill(row, out)` for all rows of `buffer [count, width]`, and returns what this thread may read of them: its
+  // own copy of few rows, or the buffer that all threads have filled together.
+  template <class Fill>
+  const bf16* normalise(int rank, bf16* buffer, int64_t width, const Fill& fill) {
+    if (copied()) buffer += rank * tokens.count * width;
+    const Range rows = copied() ? Range{0, tokens.count} : share(tokens.count, rank, pool.size());
+    for (int row = rows.first; row < rows.end; ++row) fill(row, buffer + row * width);
+    if (!copied()) pool.barrier();
+    return buffer;
+  }
 
   // Layers of a LoRA differ in rank, or have no update at all.
   int widest_rank(int num_layers) const {
@@ -119,25 +136,27 @@ struct Run {
     return widest;
   }
 
-  // out = given * weight (+ low-rank updates), handed to `finish` block by block. With a LoRA there is one more phase.
-  template <class Finish>
-  void product(int rank, const bf16* given, int64_t stride, const Packed& weight, int layer, LowRank LoraLayer::*part,
-               const Finish& finish) {
-    if (low_stride) {
-      for (int i = 0; i < tokens.num_segments; ++i) {
-        const Segment& segment = tokens.segments[i];
-        if (!segment.lora || !(segment.lora[layer].*part).a.data) continue;
-        const Packed& a = (segment.lora[layer].*part).a;
-        const Term term{given, stride, &a};
-        const Range blocks = share(a.n / 16, rank, pool.size());
-        for (int block = blocks.first; block < blocks.end; ++block)
-          multiply<1>(&term, 1, segment.start, segment.end, block, [&](int row, int at, const __m512 (&sum)[1]) {
-            store_bf16(low_rank + row * low_stride + 16 * at, sum[0]);
-          });
-      }
-      pool.barrier();
+  // The first halves of low-rank updates, where there are any: a phase of its own.
+  void inner_sums(int rank, const bf16* given, int64_t stride, int layer, LowRank LoraLayer::*part) {
+    if (!low_stride) return;
+    for (int i = 0; i < tokens.num_segments; ++i) {
+      const Segment& segment = tokens.segments[i];
+      if (!segment.lora || !(segment.lora[layer].*part).a.data) continue;
+      const Packed& a = (segment.lora[layer].*part).a;
+      const Term term{given, stride, &a};
+      const Range blocks = share(a.n / 16, rank, pool.size());
+      for (int block = blocks.first; block < blocks.end; ++block)
+        multiply<1>(&term, 1, segment.start, segment.end, block, [&](int row, int at, const __m512 (&sum)[1]) {
+          store_bf16(low_rank + row * low_stride + 16 * at, sum[0]);
+        });
     }
-    const Range blocks = share(weight.n / (16 * TILES), rank, pool.size());
+    pool.barrier();
+  }
+
+  // given * weight (+ low-rank updates whose `inner_sums` are there) for some blocks of outputs, handed to `finish`.
+  template <class Finish>
+  void outer_product(Range blocks, const bf16* given, int64_t stride, const Packed& weight, int layer,
+                     LowRank LoraLayer::*part, const Finish& finish) {
     for (int block = blocks.first; block < blocks.end; ++block)
       for (int i = 0; i < tokens.num_segments; ++i) {
         const Segment& segment = tokens.segments[i];
@@ -146,6 +165,14 @@ struct Run {
         if (segment.lora && (segment.lora[layer].*part).b.data) terms[num_terms++].weight = &(segment.lora[layer].*part).b;
         multiply<TILES>(terms, num_terms, segment.start, segment.end, block, finish);
       }
+  }
+
+  // All of it, each thread its share of the blocks.
+  template <class Finish>
+  void product(int rank, const bf16* given, int64_t stride, const Packed& weight, int layer, LowRank LoraLayer::*part,
+               const Finish& finish) {
+    inner_sums(rank, given, stride, layer, part);
+    outer_product(share(weight.n / BLOCK, rank, pool.size()), given, stride, weight, layer, part, finish);
   }
 
   void rotate(bf16* head, const float* norm, int token) const {
@@ -163,26 +190,53 @@ struct Run {
     }
   }
 
-  void attention(int rank, const Layer& layer, int index) {
+  // Whether threads can take whole key heads, from their part of the projection to their attention, without waiting.
+  bool by_heads() const { return shape.head_size % BLOCK == 0 && shape.key_heads % pool.size() == 0; }
+
+  // Queries, keys and values of `given`, and attention over them: `attended`. Ends with a barrier.
+  void attention(int rank, const bf16* given, const Layer& layer, int index) {
     const int size = shape.head_size, group = shape.heads / shape.key_heads;
     const int64_t row_size = qkv_size(), plane = tokens.num_slots * size;
+    const auto store = [&](int row, int block, const __m512 (&sum)[TILES]) {
+      for (int t = 0; t < TILES; ++t) {
+        const int column = block * BLOCK + 16 * t;
+        if (column >= row_size) break;
+        __m512 value = sum[t];
+        if (layer.qkv_bias) value = _mm512_add_ps(value, _mm512_loadu_ps(layer.qkv_bias + column));
+        store_bf16(qkv + row * row_size + column, value);
+      }
+    };
+    const int threads = pool.size(), num_items = tokens.count * shape.key_heads;
+    inner_sums(rank, given, shape.qkv_inputs, index, &LoraLayer::qkv);
+    const auto project = [&](Range blocks) {
+      outer_product(blocks, given, shape.qkv_inputs, layer.qkv, index, &LoraLayer::qkv, store);
+    };
+    if (by_heads()) {
+      const Range mine = share(shape.key_heads, rank, threads);
+      const int blocks = size / BLOCK;  // of one head
+      project({mine.first * group * blocks, mine.end * group * blocks});
+      for (int first : {shape.heads, shape.heads + shape.key_heads})
+        project({(first + mine.first) * blocks, (first + mine.end) * blocks});
+    } else {
+      project(share(layer.qkv.n / BLOCK, rank, threads));
+      pool.barrier();
+    }
+    // Items are (head, token): tokens of a sequence see about as many keys each, so equal numbers are equal work.
     bf16 *keys = tokens.keys + index * shape.key_heads * plane, *values = tokens.values + index * shape.key_heads * plane;
+    const Range items = share(num_items, rank, threads);
     // Keys first: every token's, before any token looks at them.
-    const Range writes = share(tokens.count * shape.key_heads, rank, pool.size());
-    for (int item = writes.first; item < writes.end; ++item) {
-      const int token = item / shape.key_heads, head = item % shape.key_heads;
+    for (int item = items.first; item < items.end; ++item) {
+      const int token = item % tokens.count, head = item / tokens.count;
       bf16* key = qkv + token * row_size + (shape.heads + head) * size;
       rotate(key, layer.key_norm, token);
       const int64_t place = head * plane + tokens.slots[token] * size;
       std::memcpy(keys + place, key, size * sizeof(bf16));
       std::memcpy(values + place, key + shape.key_heads * size, size * sizeof(bf16));
     }
-    pool.barrier();
-    // Tokens of a sequence see about as many keys each, so equal numbers of items are equal work.
-    const Range items = share(tokens.count * shape.key_heads, rank, pool.size());
+    if (!by_heads()) pool.barrier();
     float* own_scores = scores + rank * score_stride;
     for (int item = items.first; item < items.end; ++item) {
-      const int token = item / shape.key_heads, head = item % shape.key_heads;
+      const int token = item % tokens.count, head = item / tokens.count;
       bf16* queries = qkv + token * row_size + head * group * size;
       for (int h = 0; h < group; ++h) rotate(queries + h * size, layer.query_norm, token);
       bf16* out = attended + (int64_t(token) * shape.heads + head * group) * size;
@@ -205,7 +259,7 @@ struct Run {
 
   void add_to_residual(int row, int block, const __m512 (&sum)[TILES], const float* bias) {
     for (int t = 0; t < TILES; ++t) {
-      const int column = block * 16 * TILES + 16 * t;
+      const int column = block * BLOCK + 16 * t;
       if (column >= shape.hidden) break;
       float* at = residual + int64_t(row) * shape.hidden + column;
       __m512 value = _mm512_add_ps(_mm512_loadu_ps(at), sum[t]);
@@ -214,35 +268,21 @@ struct Run {
     }
   }
 
-  // One layer from the normalised `input` to the sum in `residual`. Ends with a barrier.
-  void layer(int rank, const Layer& weights, int index) {
-    const int64_t row_size = qkv_size();
-    product(rank, input, shape.qkv_inputs, weights.qkv, index, &LoraLayer::qkv,
-            [&](int row, int block, const __m512 (&sum)[TILES]) {
-              for (int t = 0; t < TILES; ++t) {
-                const int column = block * 16 * TILES + 16 * t;
-                if (column >= row_size) break;
-                __m512 value = sum[t];
-                if (weights.qkv_bias) value = _mm512_add_ps(value, _mm512_loadu_ps(weights.qkv_bias + column));
-                store_bf16(qkv + row * row_size + column, value);
-              }
-            });
-    pool.barrier();
-    attention(rank, weights, index);
+  // One layer from the normalised input `given` to the sum in `residual`. Ends with a barrier.
+  void layer(int rank, const bf16* given, const Layer& weights, int index) {
+    attention(rank, given, weights, index);
     product(rank, attended, int64_t(shape.heads) * shape.head_size, weights.output, index, &LoraLayer::output,
             [&](int row, int block, const __m512 (&sum)[TILES]) { add_to_residual(row, block, sum, weights.output_bias); });
     pool.barrier();
-    const Range rows = share(tokens.count, rank, pool.size());
-    for (int row = rows.first; row < rows.end; ++row)
-      rms_norm(residual + int64_t(row) * shape.hidden, weights.feed_forward_norm, shape.hidden, shape.eps,
-               normal + int64_t(row) * shape.hidden);
-    pool.barrier();
-    product(rank, normal, shape.hidden, weights.gate_up, index, &LoraLayer::gate_up,
+    const bf16* inputs = normalise(rank, normal, shape.hidden, [&](int row, bf16* out) {
+      rms_norm(residual + int64_t(row) * shape.hidden, weights.feed_forward_norm, shape.hidden, shape.eps, out);
+    });
+    product(rank, inputs, shape.hidden, weights.gate_up, index, &LoraLayer::gate_up,
             [&](int row, int block, const __m512 (&sum)[TILES]) { gated(inner, shape.intermediate, row, block, sum); });
     for (int i = 0; i < tokens.num_segments; ++i)
       if (const Packed* gate_up = tokens.segments[i].private_gate_up) {
-        const Term term{normal, shape.hidden, gate_up};
-        const Range blocks = share(gate_up->n / (16 * TILES), rank, pool.size());
+        const Term term{inputs, shape.hidden, gate_up};
+        const Range blocks = share(gate_up->n / BLOCK, rank, pool.size());
         for (int block = blocks.first; block < blocks.end; ++block)
           multiply<TILES>(&term, 1, tokens.segments[i].start, tokens.segments[i].end, block,
                           [&](int row, int at, const __m512 (&sum)[TILES]) {
@@ -253,7 +293,7 @@ struct Run {
     const auto add = [&](int row, int block, const __m512 (&sum)[TILES]) { add_to_residual(row, block, sum, nullptr); };
     product(rank, inner, shape.intermediate, weights.down, index, &LoraLayer::down, add);
     // Same blocks as above, so a thread adds to columns that it has finished itself.
-    const Range blocks = share(weights.down.n / (16 * TILES), rank, pool.size());
+    const Range blocks = share(weights.down.n / BLOCK, rank, pool.size());
     for (int i = 0; i < tokens.num_segments; ++i)
       if (const Packed* down = tokens.segments[i].private_down) {
         const Term term{private_inner, shape.intermediate, down};
@@ -268,11 +308,11 @@ struct Run {
 void head_product(Pool& pool, int rank, const bf16* given, int64_t stride, int start, int end, const Packed& head,
                   int outputs, float* out) {
   const Term term{given, stride, &head};
-  const Range blocks = share(head.n / (16 * TILES), rank, pool.size());
+  const Range blocks = share(head.n / BLOCK, rank, pool.size());
   for (int block = blocks.first; block < blocks.end; ++block)
     multiply<TILES>(&term, 1, start, end, block, [&](int row, int at, const __m512 (&sum)[TILES]) {
       for (int t = 0; t < TILES; ++t) {
-        const int column = at * 16 * TILES + 16 * t;
+        const int column = at * BLOCK + 16 * t;
         if (column >= outputs) break;
         const __mmask16 live = __mmask16((1u << std::min(16, outputs - column)) - 1);
         _mm512_mask_storeu_ps(out + int64_t(row) * outputs + column, live, sum[t]);

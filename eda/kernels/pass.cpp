@@ -28,12 +28,12 @@ void eda_run_target(int num_threads, const Shape* shape, const Layer* layers, in
     const Range rows = share(tokens->count, rank, pool.size());
     for (int64_t i = int64_t(rows.first) * size; i < int64_t(rows.end) * size; i += 16)
       _mm512_storeu_ps(run.residual + i, load_bf16(embedded + i));
+    pool.barrier();
     for (int index = 0; index < num_layers; ++index) {
-      for (int row = rows.first; row < rows.end; ++row)
-        rms_norm(run.residual + int64_t(row) * size, layers[index].attention_norm, size, shape->eps,
-                 run.input + int64_t(row) * size);
-      pool.barrier();
-      run.layer(rank, layers[index], index);
+      const bf16* inputs = run.normalise(rank, run.input, size, [&](int row, bf16* out) {
+        rms_norm(run.residual + int64_t(row) * size, layers[index].attention_norm, size, shape->eps, out);
+      });
+      run.layer(rank, inputs, layers[index], index);
       if (features)
         for (int tap = 0; tap < 3; ++tap)
           if (taps[tap] == index)

@@ -111,8 +111,9 @@ def test_a_target_in_float32_beside_a_draft_in_bfloat16() -> None:
 
 
 @pytest.mark.usefixtures("_own_thread_number")
-def test_the_number_of_threads_changes_no_bit() -> None:
-    rounds = Rounds(draft_config())
+@pytest.mark.parametrize("sizes", SIZES)
+def test_the_number_of_threads_changes_no_bit(sizes: str) -> None:
+    rounds = Rounds(draft_config(**SIZES[sizes]))
     parts = [rounds.part(e, 6, m) for e, m in zip(rounds.extents(6), modules_for(rounds), strict=True)]
     expected = rounds.extend(parts)[0]
     for count in (2, 3):
