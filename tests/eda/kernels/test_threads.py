@@ -28,7 +28,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> NarrowFamily:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> TargetModel:
-    return load(narrow_target(tmp_path_factory.mktemp("model"), hidden_size=48, head_dim=32))
+    return load(narrow_target(tmp_path_factory.mktemp("model"), hidden_size=48, head_dim=64))
 
 
 def texts_of(family: NarrowFamily, seed: int, speculation: Speculation) -> list[list[int]]:
