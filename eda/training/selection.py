@@ -25,9 +25,18 @@ from eda.training.samples import Sample
 from eda.training.target_states import StateCache, TargetStates, compute_states
 from eda.training.unroll import unroll
 
-Score = Literal["deficit", "mahalanobis", "cosine", "divergence", "flatness", "random"]
-SCORES: tuple[Score, ...] = ("deficit", "mahalanobis", "cosine", "divergence", "flatness", "random")
+Score = Literal["deficit", "headroom", "mahalanobis", "cosine", "divergence", "flatness", "random"]
+SCORES: tuple[Score, ...] = (
+    "deficit",
+    "headroom",
+    "mahalanobis",
+    "cosine",
+    "divergence",
+    "flatness",
+    "random",
+)
 DEFAULT_SCORE: Score = "random"
+_NEEDS_DRAFT = frozenset({"deficit", "headroom"})
 _NEEDS_BASE = frozenset({"mahalanobis", "cosine", "divergence"})
 _ROWS = 512
 _SHRINKAGE = 0.05
@@ -59,10 +68,12 @@ def score_samples(
 ) -> dict[Score, list[float]]:
     """One number per sample for each of ``scores``, means over the answer's positions.
 
-    ``deficit``: 1 - acceptance of the shared draft's first token, what the draft loses directly. ``mahalanobis``:
-    distance of the fine-tune's features from the distribution of the base's. ``cosine``: 1 - cosine of the two models'
-    features. ``divergence``: KL(fine-tune || base) of the next token. ``flatness``: cosine between the fine-tune's
-    distribution and the uniform one. ``random``: the control.
+    ``deficit``: 1 - acceptance of the shared draft's first token, what the draft loses directly. ``headroom``: what a
+    perfect draft would gain, the highest probability of a token that the draft can propose, less that of the one it
+    does; unlike the deficit it is small where the fine-tune itself is undecided. ``mahalanobis``: distance of the
+    fine-tune's features from the distribution of the base's. ``cosine``: 1 - cosine of the two models' features.
+    ``divergence``: KL(fine-tune || base) of the next token. ``flatness``: cosine between the fine-tune's distribution
+    and the uniform one. ``random``: the control.
 
     Args:
         states: of ``samples`` under ``fine_tune``; what is cached there is not computed again.
@@ -80,9 +91,11 @@ def score_samples(
         if should_stop():
             raise StageStoppedError(f"selection stopped after {place} of {len(batches)} batches")
         own = states.get(indices)
-        if "deficit" in wanted:
-            for index, value in zip(indices, _deficits(draft, dataset, indices), strict=True):
-                found["deficit"][index] = value
+        if wanted & _NEEDS_DRAFT:
+            for score, values in _draft_scores(draft, dataset, indices).items():
+                for index, value in zip(indices, values, strict=True):
+                    if score in wanted:
+                        found[score][index] = value
         others: list[TargetStates] | list[None] = [None] * len(indices)
         if wanted & _NEEDS_BASE:
             others = compute_states(base, [samples[index] for index in indices], states.tap_layers)
@@ -145,7 +158,8 @@ def _leading(ranked: Sequence[int], counts: Sequence[int], keep: float) -> list[
 
 
 @torch.no_grad()
-def _deficits(draft: DraftModel, dataset: Dataset, indices: Sequence[int]) -> list[float]:
+def _draft_scores(draft: DraftModel, dataset: Dataset, indices: Sequence[int]) -> dict[Score, list[float]]:
+    """Scores that compare the fine-tune with the draft's first token."""
     batch = dataset.batch(indices, 1)
     head_rows = dataset.states.fine_tune.head_rows(draft.draft_token_ids)
     output = next(
@@ -161,9 +175,19 @@ def _deficits(draft: DraftModel, dataset: Dataset, indices: Sequence[int]) -> li
     positions = batch.positions(0)
     hidden = draft.norm(output[batch.valid(0)])
     weights = torch.ones(len(hidden), device=hidden.device)
-    result = head_loss(hidden, head_rows, batch.distributions(head_rows), positions, weights)
-    parts = torch.split(result.acceptance, batch.num_roots.tolist())
-    return [1.0 - float(part.mean()) for part in parts]
+    target = batch.distributions(head_rows)
+    deficit = 1.0 - head_loss(hidden, head_rows, target, positions, weights).acceptance
+    headroom = torch.empty_like(deficit)
+    for start in range(0, len(hidden), _ROWS):
+        part = slice(start, start + _ROWS)
+        proposed = (hidden[part] @ head_rows.to(hidden.dtype).T).argmax(-1)
+        probabilities = target.probabilities[positions[part]]
+        headroom[part] = probabilities.amax(-1) - probabilities.gather(1, proposed[:, None])[:, 0]
+    counts = batch.num_roots.tolist()
+    return {
+        "deficit": [float(values.mean()) for values in torch.split(deficit, counts)],
+        "headroom": [float(values.mean()) for values in torch.split(headroom, counts)],
+    }
 
 
 @torch.no_grad()

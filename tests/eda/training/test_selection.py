@@ -47,7 +47,7 @@ def test_divergence_and_flatness_equal_their_formulas() -> None:
         assert found["flatness"][index] == pytest.approx(float(flatness), rel=1e-3)
 
 
-def test_samples_that_the_draft_knows_have_a_small_deficit_and_a_small_shift() -> None:
+def test_samples_that_the_draft_knows_have_a_small_deficit_and_little_headroom() -> None:
     known, changed = cyclic_target(1), cyclic_target(5)
     draft = new_draft(known)
     data = dataset_of(known, cyclic_samples(32, 1))
@@ -58,9 +58,20 @@ def test_samples_that_the_draft_knows_have_a_small_deficit_and_a_small_shift() -
         TrainingConfig(num_steps=60, batch_size=8, unroll_steps=2, learning_rate=1e-2, patience=None),
     )
     base, fine_tune = FineTune("base", known), FineTune("changed", changed)
-    easy = score_samples(base, base, draft, cyclic_samples(4, 1, seed=3), ("deficit",))
-    hard = score_samples(base, fine_tune, draft, cyclic_samples(4, 5, seed=3), ("deficit",))
+    easy = score_samples(base, base, draft, cyclic_samples(4, 1, seed=3), ("deficit", "headroom"))
+    hard = score_samples(base, fine_tune, draft, cyclic_samples(4, 5, seed=3), ("deficit", "headroom"))
     assert max(easy["deficit"]) < 0.5 < min(hard["deficit"])
+    assert max(easy["headroom"]) < 0.5 < min(hard["headroom"])
+
+
+def test_an_undecided_fine_tune_leaves_a_deficit_but_no_headroom() -> None:
+    known, undecided = cyclic_target(1), cyclic_target(5)
+    undecided.head.mul_(1e-3)
+    base, fine_tune = FineTune("base", known), FineTune("undecided", undecided)
+    draft = new_draft(known)
+    draft.norm.weight.data.mul_(1e5)  # sure of itself all the same
+    found = score_samples(base, fine_tune, draft, cyclic_samples(4, 5, seed=3), ("deficit", "headroom"))
+    assert max(found["headroom"]) < 0.05 < 0.5 < min(found["deficit"])
 
 
 def test_features_of_another_model_lie_far_from_the_base() -> None:
