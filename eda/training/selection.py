@@ -80,10 +80,14 @@ def score_samples(
 
     Raises ``StageStoppedError`` when ``should_stop`` says so.
     """
-    states = states or StateCache(fine_tune, samples, draft.config.tap_layers)
-    dataset = Dataset(states)
     wanted = set(scores)
     found: dict[Score, list[float]] = {score: [0.0] * len(samples) for score in scores}
+    if "random" in wanted:
+        found["random"] = [random.Random(f"{seed}/{sample.id}").random() for sample in samples]
+        if wanted == {"random"}:  # no model has a say in it
+            return found
+    states = states or StateCache(fine_tune, samples, draft.config.tap_layers)
+    dataset = Dataset(states)
     moments = _Moments()
     rows: list[tuple[int, Tensor]] = []
     batches = dataset.batches_by_size(batch_size)
@@ -115,8 +119,6 @@ def score_samples(
         distance = moments.distance()
         for index, feature in rows:
             found["mahalanobis"][index] = distance(feature)
-    if "random" in wanted:
-        found["random"] = [random.Random(f"{seed}/{sample.id}").random() for sample in samples]
     return found
 
 

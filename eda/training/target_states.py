@@ -1,7 +1,7 @@
 """What training needs of the target for a sample: a prefill pass without gradients, and a budget for results."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from eda.training.samples import Sample
 DEFAULT_PACK_TOKENS = 4096
 DEFAULT_MEMORY_BYTES = 2 << 30
 _LOGITS_ROWS = 512
+_ARENA_BYTES = 64 << 20
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,6 +97,31 @@ def _halved(features: Tensor) -> Tensor:
     return half if torch.isfinite(half).all() else features.bfloat16()
 
 
+class _Arena:
+    """Memory for states in large pieces.
+
+    Kept wherever the allocator finds room, thousands of small tensors would lie scattered over the gaps that a pack's
+    large ones leave, no later pack would fit into these, and each would take new memory: ten times what is kept.
+    """
+
+    def __init__(self, piece_bytes: int) -> None:
+        self._piece_bytes = piece_bytes
+        self._piece = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def copy(self, states: TargetStates) -> TargetStates:
+        return TargetStates(*(self._copied(getattr(states, item.name)) for item in fields(states)))
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        size = tensor.numel() * tensor.element_size()
+        if self._used + size > self._piece.numel() or self._piece.device != tensor.device:
+            self._piece = torch.empty(max(size, self._piece_bytes), dtype=torch.uint8, device=tensor.device)
+            self._used = 0
+        part = self._piece[self._used : self._used + size].view(tensor.dtype).view(tensor.shape)
+        self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
+        return part.copy_(tensor)
+
+
 class StateCache:
     """States of samples, computed when first asked for and kept in memory up to ``memory_bytes``.
 
@@ -117,6 +144,7 @@ class StateCache:
         self._memory_bytes = memory_bytes
         self._pack_tokens = pack_tokens
         self._kept: dict[int, TargetStates] = {}
+        self._arena = _Arena(min(_ARENA_BYTES, memory_bytes))
         self.used_bytes = 0
 
     def get(self, indices: Sequence[int]) -> list[TargetStates]:
@@ -127,7 +155,7 @@ class StateCache:
             for index, state in zip(pack, states, strict=True):
                 found[index] = state
                 if self.used_bytes + state.num_bytes <= self._memory_bytes:
-                    self._kept[index] = state
+                    self._kept[index] = self._arena.copy(state)
                     self.used_bytes += state.num_bytes
         return [found[index] for index in indices]
 

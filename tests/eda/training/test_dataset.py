@@ -50,6 +50,26 @@ def test_what_exceeds_the_memory_budget_is_computed_again_and_equal() -> None:
     assert 0 < small.used_bytes <= whole.used_bytes // 3
 
 
+def test_kept_states_lie_together() -> None:
+    target, samples = random_target(), random_samples(12)
+    cache = StateCache(FineTune("toy", target), samples, target.tap_layers, pack_tokens=20)
+    computed = cache.get(range(12))
+    kept = cache.get(range(12))
+    for mine, theirs in zip(computed, kept, strict=True):
+        for name in ("features", "hidden", "log_normaliser", "argmax"):
+            assert torch.equal(getattr(mine, name), getattr(theirs, name))
+    assert (
+        len(
+            {
+                getattr(states, name).untyped_storage().data_ptr()
+                for states in kept
+                for name in ("features", "hidden")
+            }
+        )
+        == 1
+    )
+
+
 def test_masks_keep_to_the_answer() -> None:
     target = random_target()
     samples = [Sample("a", (1, 2, 3), (4, 5, 6, 7)), Sample("b", (1,), (2, 3)), Sample("c", (1, 2), (3,))]
