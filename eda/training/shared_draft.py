@@ -44,7 +44,7 @@ class SharedDraftConfig:
     text_tokens: int = 256
     memory_bytes: int = DEFAULT_MEMORY_BYTES
     regeneration: RegenerationConfig = field(default_factory=RegenerationConfig)
-    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=4.0, patience=None))
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=4.0))
     seed: int = 0
 
 

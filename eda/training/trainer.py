@@ -48,7 +48,8 @@ class TrainingConfig:
         warmup: share of the steps that lead up to it.
         clip: largest norm of the gradient.
         evaluate_every: optimiser steps between measurements on held-out answers; ``None`` makes about twelve.
-        patience: measurements without improvement after which training stops; ``None`` never stops early.
+        patience: measurements without improvement after which training stops; ``None`` never stops early, since most of
+            the gain comes when the rate has fallen.
         num_draft_tokens: chain length of the simulated acceptance length.
         checkpoint_seconds: time between checkpoints.
     """
@@ -64,7 +65,7 @@ class TrainingConfig:
     weight_decay: float = 0.01
     clip: float = 0.5
     evaluate_every: int | None = None
-    patience: int | None = 5
+    patience: int | None = None
     num_draft_tokens: int = DEFAULT_DRAFT_TOKENS
     checkpoint_seconds: float = 60.0
     seed: int = 0

@@ -91,7 +91,6 @@ def train_draft(
             unroll_steps=unroll_steps,
             learning_rate=learning_rate,
             loss=loss.value,
-            patience=None,
             seed=seed,
         ),
         seed=seed,
