@@ -95,6 +95,14 @@ class KVCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.allocator = ExtentAllocator(num_slots)
 
+    def withhold(self, count: int) -> int:
+        """Takes the last ``count`` slots out of those that the allocator of an unused cache hands out.
+
+        Returns the first of them. Tokens that only fill a pass of fixed shape up are written there.
+        """
+        self.allocator = ExtentAllocator(self.num_slots - count)
+        return self.num_slots
+
     @staticmethod
     def bytes_per_slot(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         """Memory that one token takes, in bytes."""

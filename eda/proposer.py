@@ -21,21 +21,39 @@ from eda.lora import LoraAdapter
 from eda.private import PrivateSegment
 from eda.sampling import LogitsContext, draft_scores, propose_chain_tokens
 from eda.state import SequenceState
+from eda.static.draft_passes import DraftPasses, cut_chains
+from eda.static.replay import GraphCache
+from eda.static.shapes import MAX_TOKENS
 from eda.target import FineTune, TargetModel
+from eda.transfers import read, upload
+from eda.tree import GrowingTree, best_nodes, grow_tree, rank_nodes
 from eda.verification import Proposal
 
 
 class Proposer:
     """Runs the shared draft, with each row's own private module, embeddings and output head."""
 
-    def __init__(self, draft: DraftModel, num_slots: int, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        draft: DraftModel,
+        num_slots: int,
+        generator: torch.Generator,
+        graphs: GraphCache | None = None,
+    ) -> None:
         self.draft = draft
-        self.cache = draft.new_cache(num_slots)
+        self.cache = draft.new_cache(num_slots + (0 if graphs is None else MAX_TOKENS))
         self._generator = generator
         self._device = draft.fc.weight.device
+        self.reads_once = self._device.type != "cpu"
+        """Whether chains are drafted to their full length and read together at the end. Where a device would have to
+        wait for the host after each token, that is faster than stopping early."""
         # Keyed weakly: the rows of a fine-tune that is unloaded go with it.
         self._head_rows: WeakKeyDictionary[TargetModel | LoraAdapter, Tensor] = WeakKeyDictionary()
         self._fast = KernelProposals(draft, self.cache, generator) if supports(draft) else None
+        self.passes: DraftPasses | None = None
+        if graphs is not None and self._fast is None:
+            scratch = self.cache.withhold(MAX_TOKENS)
+            self.passes = DraftPasses(draft, self.cache, scratch, graphs, generator, self._rows_of_head)
 
     # extension
 
@@ -62,16 +80,20 @@ class Proposer:
             lengths.append(features.shape[0])
             tokens += state.token_ids[state.draft_length + 1 : state.draft_length + 1 + features.shape[0]]
         features = hidden_parts[0] if len(hidden_parts) == 1 else torch.cat(hidden_parts)
-        batch = self._pack(states, lengths, [state.draft_length for state in states], None)
-        segments = _private_segments(states, lengths)
+        replayed = None if self.passes is None else self.passes.extend(states, features, lengths, tokens)
+        known = [state.draft_length for state in states]
         for state, length in zip(states, lengths, strict=True):
             state.draft_length += length
+        if replayed is not None:
+            return replayed, None
+        batch = self._pack(states, lengths, known, None)
+        segments = _private_segments(states, lengths)
         if self._fast is not None:
             return self._fast.extend(states, chain_lengths, features, lengths, tokens, batch, segments)
-        ids = torch.tensor(tokens, device=self._device)
+        ids = upload(tokens, self._device)
         fused = self.draft.fuse(features, segments)
         hidden = self.draft(fused, self._embed(states, lengths, ids), batch, self.cache, segments)
-        last = torch.tensor(lengths, device=self._device).cumsum(0) - 1
+        last = upload(lengths, self._device).cumsum(0) - 1
         return hidden[last], None
 
     # chains
@@ -80,6 +102,12 @@ class Proposer:
         self, states: Sequence[SequenceState], hidden: Tensor, lengths: Sequence[int]
     ) -> list[Proposal]:
         """Chains of ``lengths[b]`` tokens from the extension outputs ``hidden [B, H]``; states in draft order."""
+        if self.passes is not None:
+            replayed = self.passes.chains(states, hidden, lengths)
+            if replayed is not None:
+                return replayed
+        if self.reads_once and not any(state.sampling.needs_history for state in states):
+            return self._chains_read_once(states, hidden, lengths)
         paths: list[list[int]] = [[] for _ in states]
         probabilities: list[list[Tensor]] = [[] for _ in states]
         places = list(range(len(states)))
@@ -90,7 +118,7 @@ class Proposer:
                 break
             if len(keep) < len(places):
                 places = [places[index] for index in keep]
-                hidden = hidden[torch.tensor(keep, device=self._device)]
+                hidden = hidden[upload(keep, self._device)]
             active = [states[row] for row in places]
             contexts = [_context(states[row], tuple(paths[row])) for row in places]
             logits = self._logits(active, [1] * len(active), hidden)
@@ -127,6 +155,51 @@ class Proposer:
             for path, parts in zip(paths, probabilities, strict=True)
         ]
 
+    def _chains_read_once(
+        self, states: Sequence[SequenceState], hidden: Tensor, lengths: Sequence[int]
+    ) -> list[Proposal]:
+        """``propose_chains`` of rows whose logits do not depend on what was drafted, without waiting for any token."""
+        grid = (len(states), max(lengths))
+        all_tokens = torch.zeros(grid, dtype=torch.int64, device=self._device)
+        all_scores = torch.zeros(grid, dtype=torch.float32, device=self._device)
+        probabilities: list[list[Tensor]] = [[] for _ in states]
+        places = list(range(len(states)))
+        index = torch.arange(len(states), device=self._device)
+        for step in range(grid[1]):
+            keep = [at for at, row in enumerate(places) if lengths[row] > step]
+            if len(keep) < len(places):
+                places = [places[at] for at in keep]
+                kept = upload(keep, self._device)
+                hidden, index = hidden[kept], index[kept]
+            active = [states[row] for row in places]
+            logits = self._logits(active, [1] * len(active), hidden)
+            columns, draft_probs = propose_chain_tokens(
+                logits,
+                [_context(state, (), step) for state in active],
+                [len(state.token_ids) + step for state in active],
+                self.draft.draft_token_ids,
+                self.draft.config.vocab_size,
+                self._generator,
+            )
+            tokens = self.draft.draft_token_ids[columns]
+            all_tokens[:, step].index_copy_(0, index, tokens)
+            scores = logits.log_softmax(-1).gather(1, columns[:, None])[:, 0]
+            all_scores[:, step].index_copy_(0, index, scores)
+            for at, row in enumerate(places):
+                if draft_probs is not None and states[row].is_sampled:
+                    probabilities[row].append(draft_probs[at])
+            if step + 1 < grid[1]:
+                hidden = self._step(active, hidden, tokens, step, ones=[1] * len(active))
+        read_tokens, read_scores = read(all_tokens, all_scores)
+        return cut_chains(
+            states,
+            lengths,
+            read_tokens,
+            read_scores,
+            [torch.stack(parts) if parts else None for parts in probabilities],
+            self.draft.draft_token_ids,
+        )
+
     def _step(
         self, states: Sequence[SequenceState], hidden: Tensor, tokens: Tensor, step: int, ones: list[int]
     ) -> Tensor:
@@ -142,58 +215,36 @@ class Proposer:
     ) -> list[Proposal]:
         """Dynamic trees of one shape for all rows.
 
-        Each level expands the ``top_k`` nodes with the highest joint draft probability into ``top_k`` children; of all
-        nodes the best ``num_nodes`` are proposed. A child is never likelier than its parent, so the choice is a tree.
+        Each has its ``num_nodes`` best nodes; see ``eda/tree.py``.
         """
         if self._fast is not None and all(has_plain_scores(state) for state in states):
             alone = [_private_segments([state], [1]) for state in states]
             return self._fast.trees(states, hidden, alone, top_k=top_k, depth=depth, num_nodes=num_nodes)
-        num_rows = len(states)
+        if self.passes is not None:
+            replayed = self.passes.trees(states, hidden, top_k=top_k, depth=depth, num_nodes=num_nodes)
+            if replayed is not None:
+                return replayed
         positions = [len(state.token_ids) for state in states]
         paths: list[list[tuple[int, ...]]] = [[()] for _ in states]
-        scores, columns = self._expand(states, hidden, paths, positions, top_k, 0)
-        joint = scores[:, 0]  # [B, top_k]
-        frontier_tokens = self.draft.draft_token_ids[columns[:, 0]]  # [B, top_k]
-        all_tokens, all_joint = [frontier_tokens], [joint]
-        all_parents = [torch.zeros(num_rows, top_k, dtype=torch.long, device=self._device)]
-        frontier_ids = torch.arange(1, top_k + 1, device=self._device).expand(num_rows, top_k)
-        hidden = hidden[:, None].expand(-1, top_k, -1)
-        eye = torch.eye(top_k, dtype=torch.bool, device=self._device).expand(num_rows, top_k, top_k)
-        ancestors = eye
-        num_known = top_k
-        for level in range(1, depth):
-            counts = [top_k] * num_rows
-            batch = self._pack(
-                states,
-                counts,
-                [state.draft_length + top_k * (level - 1) for state in states],
-                ancestors,
-                depth=level - 1,
-            )
+
+        def advance(hidden: Tensor, tokens: Tensor, ancestors: Tensor, level: int) -> Tensor:
+            counts = [top_k] * len(states)
+            lengths = [state.draft_length + top_k * (level - 1) for state in states]
+            batch = self._pack(states, counts, lengths, ancestors, depth=level - 1)
             segments = _private_segments(states, counts)
-            tokens = frontier_tokens.reshape(-1)
-            embeddings = self._embed(states, counts, tokens)
-            hidden = self._run(hidden.reshape(num_rows * top_k, -1), embeddings, batch, segments)
-            hidden = hidden.view(num_rows, top_k, -1)
-            if any(state.sampling.needs_history for state in states):
-                paths = self._grow_paths(paths, frontier_tokens, frontier_ids, all_parents, level)
-            scores, columns = self._expand(states, hidden, paths, positions, top_k, level)
-            candidates = (joint[:, :, None] + scores).reshape(num_rows, -1)  # [B, top_k * top_k]
-            tokens = self.draft.draft_token_ids[columns].reshape(num_rows, -1)
-            all_tokens.append(tokens)
-            all_joint.append(candidates)
-            all_parents.append(frontier_ids.repeat_interleave(top_k, dim=1))
-            joint, chosen = candidates.topk(top_k, dim=1)
-            frontier_tokens = tokens.gather(1, chosen)
-            frontier_ids = chosen + (num_known + 1)
-            num_known += top_k * top_k
-            parents = chosen // top_k
-            hidden = hidden.gather(1, parents[:, :, None].expand(-1, -1, hidden.shape[2]))
-            inherited = ancestors.gather(1, parents[:, :, None].expand(-1, -1, ancestors.shape[2]))
-            ancestors = torch.cat([inherited, eye], dim=2)
-        return _best_nodes(
-            torch.cat(all_tokens, 1), torch.cat(all_joint, 1), torch.cat(all_parents, 1), num_nodes
+            return self._run(hidden, self._embed(states, counts, tokens), batch, segments)
+
+        def expand(hidden: Tensor, tree: GrowingTree | None, level: int) -> tuple[Tensor, Tensor]:
+            nonlocal paths
+            if tree is not None and any(state.sampling.needs_history for state in states):
+                paths = self._grow_paths(paths, tree, level)
+            return self._expand(states, hidden, paths, positions, top_k, level)
+
+        tree = grow_tree(
+            hidden, self.draft.draft_token_ids, top_k=top_k, depth=depth, expand=expand, advance=advance
         )
+        tokens, joint, parents = tree.nodes()
+        return best_nodes(*rank_nodes(joint, num_nodes), tokens, parents)
 
     def _expand(
         self,
@@ -221,22 +272,19 @@ class Proposer:
 
     @staticmethod
     def _grow_paths(
-        paths: list[list[tuple[int, ...]]],
-        frontier_tokens: Tensor,
-        frontier_ids: Tensor,
-        all_parents: list[Tensor],
-        level: int,
+        paths: list[list[tuple[int, ...]]], tree: GrowingTree, level: int
     ) -> list[list[tuple[int, ...]]]:
         """Drafted tokens on the way to each frontier node, for penalties that depend on them."""
-        top_k = frontier_tokens.shape[1]
+        top_k = tree.frontier_tokens.shape[1]
+        tokens = tree.frontier_tokens.tolist()
         if level == 1:
-            return [[(token,) for token in row] for row in frontier_tokens.tolist()]
+            return [[(token,) for token in row] for row in tokens]
         # The frontier's parents are nodes of the last frontier; their place in it is the candidate's row block.
-        offset = sum(part.shape[1] for part in all_parents[:-1])
-        places = ((frontier_ids - 1 - offset) // top_k).tolist()
+        offset = sum(part.shape[1] for part in tree.parents[:-1])
+        places = ((tree.frontier_ids - 1 - offset) // top_k).tolist()
         return [
             [(*old[place], token) for place, token in zip(row_places, row_tokens, strict=True)]
-            for old, row_places, row_tokens in zip(paths, places, frontier_tokens.tolist(), strict=True)
+            for old, row_places, row_tokens in zip(paths, places, tokens, strict=True)
         ]
 
     # shared
@@ -271,9 +319,8 @@ class Proposer:
                 positions.extend(range(length, length + count))
             else:
                 positions.extend([state.draft_length + depth] * count)
-        return PackedBatch(
-            torch.tensor(positions, device=self._device), torch.tensor(slots, device=self._device), rows
-        )
+        packed = upload([positions, slots], self._device)
+        return PackedBatch(packed[0], packed[1], rows)
 
     def _embed(self, states: Sequence[SequenceState], counts: Sequence[int], tokens: Tensor) -> Tensor:
         parts = [fine_tune.embed(tokens[start:end]) for fine_tune, start, end in _runs(states, counts)]
@@ -336,25 +383,3 @@ def _context(state: SequenceState, path: tuple[int, ...], level: int | None = No
     """What processing the draft's logits needs to know after drafting ``path``."""
     drafted = len(path) if level is None else level
     return LogitsContext(state.sampling, state.history, path, state.num_generated + drafted)
-
-
-def _best_nodes(tokens: Tensor, joint: Tensor, parents: Tensor, num_nodes: int) -> list[Proposal]:
-    """Keeps the ``num_nodes`` likeliest nodes of each row; all arguments ``[B, nodes]``, parents before children."""
-    # A stable sort puts a parent before its child also when both are equally likely.
-    values, order = joint.sort(dim=1, descending=True, stable=True)
-    proposals = []
-    for row_values, row_order, row_tokens, row_parents in zip(
-        values[:, :num_nodes].tolist(),
-        order[:, :num_nodes].tolist(),
-        tokens.tolist(),
-        parents.tolist(),
-        strict=True,
-    ):
-        kept = sorted(
-            node for node, value in zip(row_order, row_values, strict=True) if value > float("-inf")
-        )
-        new_id = {0: 0, **{node + 1: place + 1 for place, node in enumerate(kept)}}
-        proposals.append(
-            Proposal([row_tokens[node] for node in kept], [new_id[row_parents[node]] for node in kept])
-        )
-    return proposals

@@ -23,6 +23,7 @@ class RotaryEmbedding(nn.Module):
         self.head_dim = head_dim
         self._inverse_frequencies, self._scaling = _static_frequencies(rope, head_dim)
         self._tables: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._outgrown: list[Tensor] = []
 
     def forward(
         self, positions: Tensor, rope_lengths: Tensor | None, dtype: torch.dtype
@@ -60,6 +61,8 @@ class RotaryEmbedding(nn.Module):
         have = 0 if table is None else table.shape[0]
         if num_positions <= have:
             return
+        if table is not None and device.type == "cuda":
+            self._outgrown.append(table)  # CUDA graphs that were recorded with it go on reading it
         length = max(num_positions, 2 * have, min(_FIRST_TABLE_LENGTH, self.rope.max_position_embeddings))
         # Drafts are trained through these values, which a tensor made in inference mode would not allow.
         with torch.inference_mode(False), torch.no_grad():

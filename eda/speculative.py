@@ -12,17 +12,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eda.attention import AttentionRow, PackedBatch
 from eda.draft import DraftModel
 from eda.errors import MismatchError
 from eda.kernels.parallel import kernel_threads_only
 from eda.kv_cache import KVCache
-from eda.lora import LoraSegment
+from eda.packing import StepRow, lora_segments, pack, place_rows
 from eda.proposer import Proposer, in_draft_order
 from eda.sampling import TokenHistory
 from eda.state import SequenceState, Speculation
-from eda.target import TargetModel
-from eda.verification import Proposal, TokenLogprobs, VerificationRow, verify
+from eda.static.choice import GraphChoice, graph_cache
+from eda.static.shapes import MAX_TOKENS
+from eda.static.target_pass import TargetPasses
+from eda.target import TargetModel, TargetOutput
+from eda.transfers import upload
+from eda.verification import TokenLogprobs, VerificationRow, verify
 
 __all__ = ["ScheduledRow", "SequenceState", "Speculation", "SpeculativeDecoder", "StepResult"]
 
@@ -49,23 +52,6 @@ class StepResult:
     num_accepted: int = 0
 
 
-@dataclass(slots=True)
-class _Row:
-    """A scheduled row on its way through a step."""
-
-    index: int
-    state: SequenceState
-    num_tokens: int
-    emits: bool
-    """Whether this pass computes the last known token, so that new ones follow."""
-    proposal: Proposal | None = None
-    start: int = 0
-
-    @property
-    def num_queries(self) -> int:
-        return self.num_tokens + (len(self.proposal.token_ids) if self.proposal else 0)
-
-
 class SpeculativeDecoder:
     """Decodes batches of sequences of one target family with one shared draft.
 
@@ -75,6 +61,7 @@ class SpeculativeDecoder:
         num_slots: size of the key/value cache in tokens.
         seed: of the generator that unseeded sampling uses; ``None`` takes a fresh one.
         block_verification: accept sampled chains as blocks (Sun et al. 2024).
+        graphs: how small passes are recorded and replayed: "auto" (CUDA graphs on a GPU), "off", or another backend.
 
     Raises:
         MismatchError: the draft was made for a target of other sizes.
@@ -88,9 +75,12 @@ class SpeculativeDecoder:
         num_slots: int = 8192,
         seed: int | None = None,
         block_verification: bool = False,
+        graphs: GraphChoice = "auto",
     ) -> None:
         self.target = target
-        self.cache: KVCache = target.new_cache(num_slots)
+        self.graphs = graph_cache(graphs, target)
+        spare = 0 if self.graphs is None else MAX_TOKENS
+        self.cache: KVCache = target.new_cache(num_slots + spare)
         self.block_verification = block_verification
         self._device = target.device
         self._generator = torch.Generator(self._device)
@@ -101,7 +91,13 @@ class SpeculativeDecoder:
         self.proposer: Proposer | None = None
         if draft is not None:
             check_draft_fits(draft, target)
-            self.proposer = Proposer(draft, num_slots, self._generator)
+            self.proposer = Proposer(draft, num_slots, self._generator, self.graphs)
+        self.target_passes: TargetPasses | None = None
+        if self.graphs is not None:
+            scratch = self.cache.withhold(spare)
+            self.target_passes = TargetPasses(
+                self.cache, scratch, self.graphs, with_features=draft is not None
+            )
 
     @staticmethod
     def bytes_per_slot(target: TargetModel, draft: DraftModel | None) -> int:
@@ -153,7 +149,7 @@ class SpeculativeDecoder:
         Raises ``ValueError`` for a row that was not admitted or schedules more tokens than it has.
         """
         rows = [
-            _Row(index, row.state, row.num_tokens, emits=row.num_tokens == row.state.num_uncomputed)
+            StepRow(index, row.state, row.num_tokens, emits=row.num_tokens == row.state.num_uncomputed)
             for index, row in enumerate(scheduled)
         ]
         for row in rows:
@@ -168,7 +164,7 @@ class SpeculativeDecoder:
 
     # propose
 
-    def _propose(self, rows: list[_Row]) -> None:
+    def _propose(self, rows: list[StepRow]) -> None:
         if self.proposer is None:
             return
         lengths = [self._draft_length(row) for row in rows]
@@ -205,9 +201,7 @@ class SpeculativeDecoder:
         for key, places in by_shape.items():
             chosen = [rows[extending[place]] for place in places]
             states = [row.state for row in chosen]
-            inputs = (
-                hidden if len(places) == len(extending) else hidden[torch.tensor(places, device=self._device)]
-            )
+            inputs = hidden if len(places) == len(extending) else hidden[upload(places, self._device)]
             if key is None:
                 proposals = self.proposer.propose_chains(
                     states, inputs, [lengths[row.index] for row in chosen]
@@ -220,7 +214,7 @@ class SpeculativeDecoder:
             for row, proposal in zip(chosen, proposals, strict=True):
                 row.proposal = proposal if proposal.token_ids else None
 
-    def _draft_length(self, row: _Row) -> int:
+    def _draft_length(self, row: StepRow) -> int:
         """Draft tokens (chain) or levels (tree) that make sense for this row now."""
         state = row.state
         if not state.drafts or state.is_prefilling or state.speculation.mode == "none":
@@ -240,13 +234,13 @@ class SpeculativeDecoder:
 
     # verify
 
-    def _verify_pass(self, rows: list[_Row]) -> tuple[Tensor | None, list[int] | None]:
+    def _verify_pass(self, rows: list[StepRow]) -> tuple[Tensor | None, list[int] | None]:
         """One target pass per set of full weights, for all nodes of all emitting rows, in row order.
 
         Returns their logits; or only the likeliest tokens, where no row needs more and the target can tell them.
         """
         # Rows of one LoRA stand together, so that each adapter is one segment of the pack.
-        by_model: dict[int, list[_Row]] = {}
+        by_model: dict[int, list[StepRow]] = {}
         for row in rows:
             by_model.setdefault(id(row.state.fine_tune.model), []).append(row)
         only_best = all(_needs_only_best(row.state) for row in rows if row.emits)
@@ -264,25 +258,10 @@ class SpeculativeDecoder:
         return ordered[0] if len(ordered) == 1 else torch.cat(ordered), None
 
     def _target_pass(
-        self, group: list[_Row], parts: dict[int, Tensor], best: dict[int, list[int]], *, only_best: bool
+        self, group: list[StepRow], parts: dict[int, Tensor], best: dict[int, list[int]], *, only_best: bool
     ) -> None:
-        model = group[0].state.fine_tune.model
-        tokens, batch = self._pack(group)
-        wanted = [
-            index
-            for row in group
-            if row.emits
-            for index in range(row.start + row.num_tokens - 1, row.start + row.num_queries)
-        ]
-        output = model(
-            tokens,
-            batch,
-            self.cache,
-            _lora_segments(group),
-            with_features=any(row.state.drafts for row in group),
-            wanted=wanted,
-            only_best=only_best,
-        )
+        place_rows(group)
+        output = self._replayed_pass(group) or self._eager_pass(group, only_best=only_best)
         offset = 0
         for row in group:
             if row.emits:
@@ -295,35 +274,38 @@ class SpeculativeDecoder:
             if row.state.drafts and output.features is not None:
                 row.state.keep_features(output.features[row.start : row.start + row.num_queries])
 
-    def _pack(self, group: list[_Row]) -> tuple[Tensor, PackedBatch]:
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        rope_lengths: list[int] = []
-        attention_rows: list[AttentionRow] = []
-        for row in group:
-            state, first = row.state, row.state.num_computed
-            row.start = len(tokens)
-            tokens += state.token_ids[first : first + row.num_tokens]
-            row_positions = list(range(first, first + row.num_tokens))
-            mask = None
-            if row.proposal is not None:
-                tokens += row.proposal.token_ids
-                row_positions += [first + depth for depth in row.proposal.depths()]
-                if not row.proposal.is_chain:
-                    mask = _ancestor_mask(row.proposal).to(self._device)
-            positions += row_positions
-            rope_lengths += [max(state.num_prompt_tokens, position + 1) for position in row_positions]
-            slots += range(state.slot_start + first, state.slot_start + first + row.num_queries)
-            attention_rows.append(
-                AttentionRow(row.start, row.num_queries, state.slot_start, first + row.num_queries, mask)
-            )
-        packed = torch.tensor([tokens, positions, slots, rope_lengths], device=self._device)
-        return packed[0], PackedBatch(packed[1], packed[2], attention_rows, packed[3])
+    def _eager_pass(self, group: list[StepRow], *, only_best: bool) -> TargetOutput:
+        model = group[0].state.fine_tune.model
+        tokens, batch = pack(group, self._device)
+        wanted = [
+            index
+            for row in group
+            if row.emits
+            for index in range(row.start + row.num_tokens - 1, row.start + row.num_queries)
+        ]
+        output: TargetOutput = model(
+            tokens,
+            batch,
+            self.cache,
+            lora_segments(group),
+            with_features=any(row.state.drafts for row in group),
+            wanted=wanted,
+            only_best=only_best,
+        )
+        return output
+
+    def _replayed_pass(self, group: list[StepRow]) -> TargetOutput | None:
+        """The same from a recording, where there is one for rows like these."""
+        fine_tune = group[0].state.fine_tune
+        if self.target_passes is None or any(row.state.fine_tune.lora is not fine_tune.lora for row in group):
+            return None
+        if not self.target_passes.takes(len(group), max(row.num_queries for row in group)):
+            return None
+        return self.target_passes.run(fine_tune.model, fine_tune.lora, [row.targets() for row in group])
 
     # accept
 
-    def _accept(self, rows: list[_Row], logits: Tensor | None, best: list[int] | None) -> list[StepResult]:
+    def _accept(self, rows: list[StepRow], logits: Tensor | None, best: list[int] | None) -> list[StepResult]:
         emitting = [row for row in rows if row.emits]
         verdicts = verify(
             logits,
@@ -370,9 +352,7 @@ class SpeculativeDecoder:
             if not row.emits and row.state.extent is not None:
                 row.state.extent.length += row.num_tokens
         if source:
-            self.cache.move(
-                torch.tensor(source, device=self._device), torch.tensor(destination, device=self._device)
-            )
+            self.cache.move(*upload([source, destination], self._device))
         return results
 
 
@@ -393,15 +373,6 @@ def check_draft_fits(draft: DraftModel, target: TargetModel) -> None:
         )
 
 
-def _ancestor_mask(proposal: Proposal) -> Tensor:
-    """Bool ``[1 + n, 1 + n]``: node ``i`` (0 is the root) sees itself and its ancestors."""
-    size = 1 + len(proposal.token_ids)
-    mask = torch.eye(size, dtype=torch.bool)
-    for node, parent in enumerate(proposal.parents, start=1):
-        mask[node] |= mask[parent]
-    return mask
-
-
 def _keep_accepted_features(state: SequenceState, num_tokens: int, accepted: list[int]) -> None:
     """Of the features stored last, keeps the known tokens' and the accepted nodes'."""
     features = state._pending.pop()
@@ -409,25 +380,10 @@ def _keep_accepted_features(state: SequenceState, num_tokens: int, accepted: lis
         state.keep_features(features[: num_tokens + len(accepted)])
     else:
         kept = list(range(num_tokens)) + [num_tokens - 1 + node for node in accepted]
-        state.keep_features(features[torch.tensor(kept, device=features.device)])
+        state.keep_features(features[upload(kept, features.device)])
 
 
 def _needs_only_best(state: SequenceState) -> bool:
     """Whether verifying takes no more than the target's likeliest tokens, and the target can tell them."""
     sampling = state.sampling
     return sampling.takes_likeliest and sampling.num_logprobs is None and state.fine_tune.tells_likeliest
-
-
-def _lora_segments(group: list[_Row]) -> list[LoraSegment]:
-    """Segments of the pack."""
-    segments: list[LoraSegment] = []
-    end = 0
-    for row in group:
-        start, end = end, end + row.num_queries
-        lora = row.state.fine_tune.lora
-        if lora is None:
-            continue
-        if segments and segments[-1].adapter is lora and segments[-1].end == start:
-            start = segments.pop().start
-        segments.append(LoraSegment(lora, start, end))
-    return segments

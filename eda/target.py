@@ -28,6 +28,7 @@ from eda.layers import DecoderLayer, RMSNorm
 from eda.linear import packed_linear, packed_weight
 from eda.lora import LoraAdapter, LoraSegment, add_low_rank
 from eda.rotary import RotaryEmbedding
+from eda.transfers import upload
 
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
@@ -254,7 +255,7 @@ class TargetModel(nn.Module):
             return output
         hidden = output.hidden
         if len(wanted) < hidden.shape[0]:
-            hidden = hidden[torch.tensor(wanted, device=hidden.device)]
+            hidden = hidden[upload(wanted, hidden.device)]
         segments = []
         for part in lora_segments:
             inside = [place for place, token in enumerate(wanted) if part.start <= token < part.end]

@@ -1,0 +1,354 @@
+"""The host's side of the draft in fixed shapes: which batches it takes, filling buffers, reading results."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from eda.draft import DraftModel
+from eda.kernel_proposals import has_plain_scores
+from eda.kv_cache import KVCache
+from eda.proposal import Proposal
+from eda.sampling import draw_uniforms
+from eda.state import SequenceState
+from eda.static.draft_functions import (
+    ChainBuffers,
+    DraftOwners,
+    StaticDraft,
+    TreeBuffers,
+    chain_function,
+    extension_function,
+    tree_function,
+)
+from eda.static.replay import GraphCache
+from eda.static.shapes import CHAINS, EXTENSIONS, MAX_TOKENS, ROWS, Inputs, num_keys, round_up
+from eda.target import FineTune
+from eda.transfers import read, upload
+from eda.tree import best_nodes
+
+_ROW_INPUTS = ("starts", "lengths", "steps", "scratch")
+
+
+class DraftPasses:
+    """Extensions, chains and trees as recordings, for rows that share output layer and private module.
+
+    Every method returns ``None``, having computed nothing, where there is no recording for what it is given.
+
+    Args:
+        scratch: the first of ``MAX_TOKENS`` cache slots that belong to no sequence.
+        head_rows: gives a fine-tune's output rows of the draft vocabulary.
+    """
+
+    def __init__(
+        self,
+        draft: DraftModel,
+        cache: KVCache,
+        scratch: int,
+        graphs: GraphCache,
+        generator: torch.Generator,
+        head_rows: Callable[[FineTune], Tensor],
+    ) -> None:
+        self._draft = draft
+        self._cache = cache
+        self._scratch = scratch
+        self._graphs = graphs
+        self._generator = generator
+        self._head_rows = head_rows
+        self._device = draft.fc.weight.device
+        self._hidden: dict[int, Tensor] = {}
+        self._extensions: dict[tuple[int, int], Inputs] = {}
+        self._features: Tensor | None = None
+        self._chains: dict[tuple[int, int], ChainBuffers] = {}
+        self._trees: dict[tuple[int, int, int, int], TreeBuffers] = {}
+
+    # extension
+
+    def extend(
+        self,
+        states: Sequence[SequenceState],
+        features: Tensor,
+        lengths: Sequence[int],
+        tokens: Sequence[int],
+        *,
+        now: bool = False,
+    ) -> Tensor | None:
+        """``Proposer.extend`` of ``lengths[b]`` features of each row, of which ``draft_length`` knows nothing yet.
+
+        Args:
+            features: ``[sum(lengths), 3H]``.
+            tokens: the ids behind them.
+            now: make the recording at the first time.
+
+        Returns:
+            Each row's last output ``[B, H]``, in memory of its own.
+        """
+        owners, count = _owners(states), round_up(len(states), ROWS)
+        width = round_up(max(lengths), EXTENSIONS)
+        if owners is None or count is None or width is None or count * width > MAX_TOKENS:
+            return None
+        longest = max(state.draft_length + length for state, length in zip(states, lengths, strict=True))
+        keys = num_keys(longest, count)
+        if keys is None:
+            return None
+        key = self._graphs.key("draft extension", (count, width, keys), owners.references())
+        if not self._graphs.wants(key, now=now):
+            return None
+        buffer, inputs = self._extension_buffers(features, count, width)
+        self._load_extension(inputs, states, lengths, tokens, count, width)
+        places = inputs["places"].narrow(0, 0, features.shape[0])
+        buffer.index_copy_(0, places, features.to(buffer.dtype))
+        hidden = self._hidden_of(count)
+        static = self._static(owners)
+
+        def make() -> tuple[Callable[[], None], Sequence[Tensor]]:
+            return extension_function(static, inputs, buffer, hidden, keys), (hidden,)
+
+        return hidden.narrow(0, 0, len(states)).clone() if self._graphs.run(key, make) else None
+
+    def _extension_buffers(self, features: Tensor, count: int, width: int) -> tuple[Tensor, Inputs]:
+        if self._features is None:
+            self._features = features.new_zeros(MAX_TOKENS, features.shape[1])
+        inputs = self._extensions.get((count, width))
+        if inputs is None:
+            grid, total = (count, width), (count * width,)
+            shapes = {"tokens": total, "positions": grid, "slots": grid, "places": total}
+            shapes |= dict.fromkeys(("starts", "contexts", "lengths", "last"), (count,))
+            inputs = self._extensions[count, width] = Inputs(shapes, self._device)
+        return self._features.narrow(0, 0, count * width), inputs
+
+    def _load_extension(
+        self,
+        inputs: Inputs,
+        states: Sequence[SequenceState],
+        lengths: Sequence[int],
+        tokens: Sequence[int],
+        count: int,
+        width: int,
+    ) -> None:
+        names = ("tokens", "positions", "slots", "places", "starts", "contexts", "lengths", "last")
+        values: dict[str, list[int]] = {name: [] for name in names}
+        taken = 0
+        for place in range(count):
+            first = place * width
+            scratch = self._scratch + first
+            size = lengths[place] if place < len(states) else 0
+            known = states[place].draft_length if size else 0
+            start = states[place].slot_start if size else scratch
+            values["tokens"] += [*tokens[taken : taken + size], *([0] * (width - size))]
+            values["positions"] += [*range(known, known + size), *([0] * (width - size))]
+            values["slots"] += range(start + known, start + known + size)
+            values["slots"] += range(scratch + size, scratch + width)
+            values["places"] += range(first, first + size)
+            values["starts"].append(start)
+            values["contexts"].append(known)
+            values["lengths"].append(max(1, known + size))
+            values["last"].append(first + max(0, size - 1))
+            taken += size
+        inputs.load(values)
+
+    # chains
+
+    def chains(
+        self, states: Sequence[SequenceState], hidden: Tensor, lengths: Sequence[int], *, now: bool = False
+    ) -> list[Proposal] | None:
+        """``Proposer.propose_chains``. Chains are drafted to their full length and cut afterwards."""
+        owners, count = _owners(states), round_up(len(states), ROWS)
+        num_steps = round_up(max(lengths), CHAINS)
+        if owners is None or count is None or num_steps is None:
+            return None
+        if not all(has_plain_scores(state, any_temperature=True) for state in states):
+            return None
+        longest = max(state.draft_length + length for state, length in zip(states, lengths, strict=True))
+        keys = num_keys(longest, count)
+        if keys is None:
+            return None
+        drawn = [state.is_sampled for state in states]
+        shape = (count, num_steps, keys, any(drawn))
+        key = self._graphs.key("draft chain", shape, owners.references())
+        if not self._graphs.wants(key, now=now):
+            return None
+        buffers = self._chain_buffers(count, num_steps)
+        buffers.inputs.load(self._row_values(states, lengths, count, slots_per_row=1))
+        buffers.hidden.narrow(0, 0, len(states)).copy_(hidden)
+        if any(drawn):
+            padding = [0.0] * (count - len(states))
+            temperatures = [state.sampling.temperature if state.is_sampled else 1.0 for state in states]
+            settings = [
+                [*temperatures, *(1.0 for _ in padding)],
+                [*(float(flag) for flag in drawn), *padding],
+            ]
+            on_device = upload(settings, self._device, torch.float32)
+            buffers.temperatures.copy_(on_device[0])
+            buffers.is_drawn.copy_(on_device[1] > 0.0)
+            uniforms = draw_uniforms(count * num_steps, self._generator, self._device)
+            buffers.uniforms.copy_(uniforms.view(count, num_steps))
+        static = self._static(owners)
+
+        def make() -> tuple[Callable[[], None], Sequence[Tensor]]:
+            outputs = (buffers.tokens, buffers.scores)
+            return chain_function(static, buffers, keys, draws=any(drawn)), outputs
+
+        if not self._graphs.run(key, make):
+            return None
+        probabilities = buffers.probabilities.clone() if any(drawn) else None
+        tokens, scores = read(buffers.tokens, buffers.scores)
+        return cut_chains(
+            states,
+            lengths,
+            tokens,
+            scores,
+            [
+                probabilities[:, row] if probabilities is not None and is_drawn else None
+                for row, is_drawn in enumerate(drawn)
+            ],
+            self._draft.draft_token_ids,
+        )
+
+    def _chain_buffers(self, count: int, num_steps: int) -> ChainBuffers:
+        buffers = self._chains.get((count, num_steps))
+        if buffers is None:
+            grid, device = (count, num_steps), self._device
+            columns = self._draft.config.draft_vocab_size
+            buffers = self._chains[count, num_steps] = ChainBuffers(
+                Inputs(dict.fromkeys(_ROW_INPUTS, (count,)), device),
+                self._hidden_of(count),
+                torch.zeros(grid, dtype=torch.int64, device=device),
+                torch.zeros(grid, dtype=torch.float32, device=device),
+                torch.ones(count, dtype=torch.float32, device=device),
+                torch.zeros(count, dtype=torch.bool, device=device),
+                torch.zeros(grid, dtype=torch.float64, device=device),
+                torch.zeros(num_steps, count, columns, dtype=torch.float32, device=device),
+            )
+        return buffers
+
+    # trees
+
+    def trees(
+        self,
+        states: Sequence[SequenceState],
+        hidden: Tensor,
+        *,
+        top_k: int,
+        depth: int,
+        num_nodes: int,
+        now: bool = False,
+    ) -> list[Proposal] | None:
+        """``Proposer.propose_trees``."""
+        owners, count = _owners(states), round_up(len(states), ROWS)
+        if owners is None or count is None or count * top_k > MAX_TOKENS:
+            return None
+        if not all(has_plain_scores(state) for state in states):
+            return None
+        keys = num_keys(max(state.draft_length for state in states) + top_k * depth, count)
+        if keys is None:
+            return None
+        shape = (count, top_k, depth, num_nodes)
+        key = self._graphs.key("draft tree", (*shape, keys), owners.references())
+        if not self._graphs.wants(key, now=now):
+            return None
+        buffers = self._tree_buffers(*shape)
+        buffers.inputs.load(self._row_values(states, [depth] * len(states), count, slots_per_row=top_k))
+        buffers.hidden.narrow(0, 0, len(states)).copy_(hidden)
+        static = self._static(owners)
+
+        def make() -> tuple[Callable[[], None], Sequence[Tensor]]:
+            return tree_function(static, buffers, keys), (buffers.values,)
+
+        if not self._graphs.run(key, make):
+            return None
+        proposals = best_nodes(buffers.values, buffers.order, buffers.tokens, buffers.parents)
+        return proposals[: len(states)]
+
+    def _tree_buffers(self, count: int, top_k: int, depth: int, num_nodes: int) -> TreeBuffers:
+        key = (count, top_k, depth, num_nodes)
+        buffers = self._trees.get(key)
+        if buffers is None:
+            nodes = top_k + (depth - 1) * top_k * top_k
+            ranked = (count, min(num_nodes, nodes))
+            buffers = self._trees[key] = TreeBuffers(
+                Inputs(dict.fromkeys(_ROW_INPUTS, (count,)), self._device),
+                self._hidden_of(count),
+                torch.zeros(count, nodes, dtype=torch.int64, device=self._device),
+                torch.zeros(count, nodes, dtype=torch.int64, device=self._device),
+                torch.zeros(ranked, dtype=torch.float32, device=self._device),
+                torch.zeros(ranked, dtype=torch.int64, device=self._device),
+                top_k,
+                depth,
+            )
+        return buffers
+
+    # shared
+
+    def _static(self, owners: DraftOwners) -> StaticDraft:
+        self._head_rows(owners.fine_tune())  # gathered before a recording begins, and kept elsewhere
+        return StaticDraft(self._draft, self._cache, owners, self._head_rows)
+
+    def _hidden_of(self, count: int) -> Tensor:
+        hidden = self._hidden.get(count)
+        if hidden is None:
+            weight = self._draft.fc.weight
+            hidden = self._hidden[count] = weight.new_zeros(count, weight.shape[0])
+        return hidden
+
+    def _row_values(
+        self, states: Sequence[SequenceState], steps: Sequence[int], count: int, *, slots_per_row: int
+    ) -> dict[str, list[int]]:
+        scratch = [self._scratch + place * slots_per_row for place in range(count)]
+        return {
+            "starts": [state.slot_start for state in states],
+            "lengths": [state.draft_length for state in states],
+            "steps": list(steps),
+            "scratch": scratch,
+        }
+
+
+def _owners(states: Sequence[SequenceState]) -> DraftOwners | None:
+    """The weights that all rows share besides the draft's own; ``None`` where they do not share them."""
+    first = states[0]
+    for state in states[1:]:
+        if state.private is not first.private:
+            return None
+        if state.fine_tune.output_owner is not first.fine_tune.output_owner:
+            return None
+    return DraftOwners.of(first.fine_tune, first.private)
+
+
+def cut_chains(
+    states: Sequence[SequenceState],
+    lengths: Sequence[int],
+    tokens: Sequence[Sequence[float]],
+    scores: Sequence[Sequence[float]],
+    probabilities: Sequence[Tensor | None],
+    draft_token_ids: Tensor,
+) -> list[Proposal]:
+    """Chains of at most ``lengths[b]`` tokens from longer ones, ended where the draft became unsure.
+
+    Args:
+        tokens, scores: target ids and log-probabilities of each row, which may have more rows than ``states``.
+        probabilities: float32 ``[n, V_draft]`` of rows that were drawn at random.
+    """
+    proposals = []
+    for row, (state, length) in enumerate(zip(states, lengths, strict=True)):
+        kept = kept_length(scores[row][:length], state.speculation.min_probability)
+        path, drawn_from = [int(token) for token in tokens[row][:kept]], probabilities[row]
+        if drawn_from is None or not path:
+            proposals.append(Proposal.chain(path))
+        else:
+            proposals.append(Proposal.chain(path, drawn_from[:kept], draft_token_ids))
+    return proposals
+
+
+def kept_length(scores: Sequence[float], min_probability: float) -> int:
+    """How many tokens of a chain stay: it ends behind the one that makes its joint probability too small.
+
+    ``scores`` are the log-probabilities of its tokens.
+    """
+    if not min_probability:
+        return len(scores)
+    joint, limit = 0.0, math.log(min_probability)
+    for place, score in enumerate(scores, 1):
+        joint += score
+        if joint < limit:
+            return place
+    return len(scores)

@@ -1,0 +1,234 @@
+"""The target's pass over few tokens of few sequences, in fixed shapes."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eda.attention import static_batch
+from eda.kv_cache import KVCache
+from eda.lora import LoraAdapter, LoraSegment
+from eda.static.replay import GraphCache
+from eda.static.shapes import MAX_TOKENS, QUERIES, ROWS, Inputs, num_keys, round_up
+from eda.target import TargetModel, TargetOutput
+
+
+@dataclass(frozen=True, slots=True)
+class TargetRow:
+    """One sequence's new tokens in a pass; all lists have one entry per token."""
+
+    tokens: Sequence[int]
+    positions: Sequence[int]
+    rope_lengths: Sequence[int]
+    cache_start: int
+    context: int
+    """Cached keys before the new tokens, which go to the slots behind them."""
+    tail_mask: Tensor | None
+    """Bool ``[n, n]`` on the CPU: which of the new tokens each one sees; ``None`` is causal."""
+    first_wanted: int
+    """Logits are wanted from this token on (``n``: of none)."""
+
+
+@dataclass(slots=True, eq=False)
+class _Buffers:
+    """Inputs and outputs of all recordings of one shape ``B x Q``."""
+
+    inputs: Inputs
+    logits: Tensor
+    features: Tensor
+
+
+class TargetPasses:
+    """Runs target passes as recordings where there is one for their shape.
+
+    Args:
+        cache: the target's.
+        scratch: the first of ``MAX_TOKENS`` cache slots that belong to no sequence.
+        with_features: whether anybody reads the tapped layers.
+    """
+
+    def __init__(self, cache: KVCache, scratch: int, graphs: GraphCache, *, with_features: bool) -> None:
+        self._cache = cache
+        self._scratch = scratch
+        self._graphs = graphs
+        self._with_features = with_features
+        self._buffers: dict[tuple[int, int], _Buffers] = {}
+        # Of all shapes: only one pass runs at a time, and what it gives is copied.
+        self._outputs: tuple[Tensor, Tensor] | None = None
+
+    @staticmethod
+    def takes(num_rows: int, longest: int) -> bool:
+        """Whether there are recordings for so many rows of at most ``longest`` tokens."""
+        return _shape(num_rows, longest) is not None
+
+    def run(
+        self, model: TargetModel, lora: LoraAdapter | None, rows: Sequence[TargetRow], *, now: bool = False
+    ) -> TargetOutput | None:
+        """One pass; ``None`` where there is no recording for it, and nothing has been computed then.
+
+        Args:
+            lora: that all rows use.
+            now: make the recording at the first time.
+
+        Returns:
+            The outputs of the rows' tokens in their order, in memory of their own: logits of the wanted ones, features
+            of all. ``hidden`` is empty.
+        """
+        shape = _shape(len(rows), max(len(row.tokens) for row in rows))
+        if shape is None:
+            return None
+        count, width = shape
+        keys = num_keys(max(row.context + len(row.tokens) for row in rows), count)
+        if keys is None:
+            return None
+        key = self._graphs.key("target pass", (count, width, keys, model.tap_layers), (model, lora))
+        if not self._graphs.wants(key, now=now):
+            return None
+        buffers = self._buffers_of(model, count, width)
+        lines, kept = self._load(buffers.inputs, rows, count, width)
+
+        def make() -> tuple[Callable[[], None], Sequence[Tensor]]:
+            function = target_function(
+                model, lora, self._cache, buffers.inputs, buffers.logits, buffers.features, keys
+            )
+            return function, (buffers.logits, buffers.features)
+
+        if not self._graphs.run(key, make):
+            return None
+        chosen = buffers.inputs["lines"].narrow(0, 0, lines)
+        of_all = buffers.inputs["kept"].narrow(0, 0, kept)
+        features = buffers.features.index_select(0, of_all) if self._with_features else None
+        logits = buffers.logits.index_select(0, chosen)
+        return TargetOutput(logits.new_empty(0, model.config.hidden_size), features, logits)
+
+    def _buffers_of(self, model: TargetModel, count: int, width: int) -> _Buffers:
+        buffers = self._buffers.get((count, width))
+        if buffers is None:
+            total, config, device = count * width, model.config, model.device
+            grid = (count, width)
+            inputs = Inputs(
+                {
+                    "tokens": (total,),
+                    "positions": grid,
+                    "slots": grid,
+                    "rope_lengths": grid,
+                    "starts": (count,),
+                    "contexts": (count,),
+                    "lengths": (count,),
+                    "tail": (count, width, width),
+                    "lines": (total,),
+                    "kept": (total,),
+                },
+                device,
+            )
+            if self._outputs is None:
+                num_features = 3 * config.hidden_size if self._with_features else 0
+                self._outputs = (
+                    torch.zeros(MAX_TOKENS, config.vocab_size, dtype=torch.float32, device=device),
+                    torch.zeros(MAX_TOKENS, num_features, dtype=model.dtype, device=device),
+                )
+            logits, features = (output.narrow(0, 0, total) for output in self._outputs)
+            buffers = self._buffers[count, width] = _Buffers(inputs, logits, features)
+        return buffers
+
+    def _load(self, inputs: Inputs, rows: Sequence[TargetRow], count: int, width: int) -> tuple[int, int]:
+        """Fills the inputs. Returns the numbers of wanted tokens and of all tokens."""
+        values: dict[str, list[int]] = {
+            name: []
+            for name in (
+                *("tokens", "positions", "slots", "rope_lengths", "starts", "contexts", "lengths"),
+                *("tail", "lines", "kept"),
+            )
+        }
+        causal = torch.ones(width, width, dtype=torch.int64).tril_()
+        causal_list = causal.view(-1).tolist()
+        for place in range(count):
+            first = place * width
+            if place >= len(rows):
+                scratch = self._scratch + first
+                values["tokens"] += [0] * width
+                values["positions"] += [0] * width
+                values["rope_lengths"] += [1] * width
+                values["slots"] += range(scratch, scratch + width)
+                values["starts"].append(scratch)
+                values["contexts"].append(0)
+                values["lengths"].append(1)
+                values["tail"] += causal_list
+                continue
+            row = rows[place]
+            size = len(row.tokens)
+            padding = width - size
+            own = row.cache_start + row.context
+            values["tokens"] += [*row.tokens, *([0] * padding)]
+            values["positions"] += [*row.positions, *([0] * padding)]
+            values["rope_lengths"] += [*row.rope_lengths, *([1] * padding)]
+            values["slots"] += range(own, own + size)
+            values["slots"] += range(self._scratch + first + size, self._scratch + first + width)
+            values["starts"].append(row.cache_start)
+            values["contexts"].append(row.context)
+            values["lengths"].append(row.context + size)
+            if row.tail_mask is None:
+                values["tail"] += causal_list
+            else:
+                tail = causal.clone()
+                tail[:size, :size] = row.tail_mask
+                values["tail"] += tail.view(-1).tolist()
+            values["lines"] += range(first + row.first_wanted, first + size)
+            values["kept"] += range(first, first + size)
+        numbers = len(values["lines"]), len(values["kept"])
+        inputs.load(values)
+        return numbers
+
+
+def _shape(num_rows: int, longest: int) -> tuple[int, int] | None:
+    """Rows and tokens of each row, rounded up; ``None`` for what is too large."""
+    count, width = round_up(num_rows, ROWS), round_up(longest, QUERIES)
+    if count is None or width is None or count * width > MAX_TOKENS:
+        return None
+    return count, width
+
+
+def target_function(
+    model: TargetModel,
+    lora: LoraAdapter | None,
+    cache: KVCache,
+    inputs: Inputs,
+    logits: Tensor,
+    features: Tensor,
+    keys: int,
+) -> Callable[[], None]:
+    """A target pass over ``inputs`` that leaves its results in ``logits`` and ``features``.
+
+    It never waits for the device, and holds the weights weakly.
+    """
+    model_of = weakref.ref(model)
+    lora_of = None if lora is None else weakref.ref(lora)
+    total = inputs["tokens"].shape[0]
+    config = model.config
+
+    def run() -> None:
+        target, adapter = model_of(), lora_of() if lora_of is not None else None
+        assert target is not None
+        segments = () if adapter is None else (LoraSegment(adapter, 0, total),)
+        batch = static_batch(
+            inputs["positions"],
+            inputs["slots"],
+            inputs["starts"],
+            inputs["contexts"],
+            inputs["lengths"],
+            inputs["tail"].bool(),
+            keys,
+            groups=config.num_heads // config.num_kv_heads,
+            dtype=target.dtype,
+            rope_lengths=inputs["rope_lengths"],
+        )
+        output = target(
+            inputs["tokens"], batch, cache, segments, with_features=features.shape[1] > 0, wanted=()
+        )
+        logits.copy_(target.logits(output.hidden, segments))
+        if output.features is not None:
+            features.copy_(output.features)
+
+    return run
