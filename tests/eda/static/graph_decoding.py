@@ -1,0 +1,105 @@
+"""What the tests of recorded passes share: a family, decoders that record at once, requests in a changing batch."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from reference_family import Family
+
+from eda.draft import DraftModel
+from eda.private import PrivateModule
+from eda.sampling import SamplingParams
+from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
+from eda.static.replay import Backend, GraphCache, RerunBackend
+
+GREEDY = SamplingParams(temperature=0.0)
+CHAIN = Speculation("chain", num_speculative_tokens=4)
+TREE = Speculation("tree", num_speculative_tokens=3, tree_top_k=3, tree_num_nodes=8)
+PLAIN = Speculation("none")
+
+
+def recording(backend: Backend | None = None, *, max_graphs: int = 128, capture_after: int = 1) -> GraphCache:
+    """A cache of recordings that records at the first time."""
+    return GraphCache(backend or RerunBackend(), max_graphs=max_graphs, capture_after=capture_after)
+
+
+def random_private(draft: DraftModel, seed: int, *, fc_rank: int = 3) -> PrivateModule:
+    module = PrivateModule(draft.config.private_config(24, fc_rank)).to(draft.fc.weight.device)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    return module.to(draft.fc.weight.dtype).requires_grad_(False)
+
+
+@dataclass
+class Case:
+    model: str
+    prompt: list[int]
+    private: PrivateModule | None = None
+    speculation: Speculation = CHAIN
+    sampling: SamplingParams = GREEDY
+
+
+def random_cases(family: Family, models: Sequence[str], count: int, seed: int) -> list[Case]:
+    rng = random.Random(seed)
+    lengths = [1, 2, 3, 6, 11, 23]
+    return [
+        Case(models[at % len(models)], [rng.randrange(family.vocab_size) for _ in range(rng.choice(lengths))])
+        for at in range(count)
+    ]
+
+
+def state_of(family: Family, case: Case, max_tokens: int) -> SequenceState:
+    return SequenceState(
+        token_ids=list(case.prompt),
+        max_length=len(case.prompt) + max_tokens,
+        fine_tune=family.fine_tunes[case.model],
+        sampling=case.sampling,
+        private=case.private,
+        speculation=case.speculation,
+    )
+
+
+def decode(
+    decoder: SpeculativeDecoder,
+    family: Family,
+    cases: Sequence[Case],
+    max_tokens: int,
+    *,
+    batch_size: int = 4,
+    prefill_chunk: int = 64,
+    after_step: Callable[[list[SequenceState]], None] = lambda states: None,
+) -> list[list[int]]:
+    """Decodes all cases in one changing batch; sequences join when others leave."""
+    waiting = list(enumerate(cases))
+    running: list[tuple[int, SequenceState]] = []
+    outputs: list[list[int]] = [[] for _ in cases]
+    while waiting or running:
+        while waiting and len(running) < batch_size:
+            at, case = waiting.pop(0)
+            state = state_of(family, case, max_tokens)
+            decoder.admit(state)
+            running.append((at, state))
+        rows = [
+            ScheduledRow(state, min(prefill_chunk, state.num_uncomputed) if state.is_prefilling else 1)
+            for _, state in running
+        ]
+        for (at, _), result in zip(running, decoder.step(rows), strict=True):
+            outputs[at] += result.token_ids
+        after_step([state for _, state in running])
+        for at, state in list(running):
+            if len(outputs[at]) >= max_tokens:
+                decoder.release(state)
+                running.remove((at, state))
+    return [output[:max_tokens] for output in outputs]
+
+
+def expected_texts(family: Family, cases: Sequence[Case], max_tokens: int) -> list[list[int]]:
+    """Greedy continuations by transformers."""
+    texts: dict[int, list[int]] = {}
+    for model in {case.model for case in cases}:
+        places = [at for at, case in enumerate(cases) if case.model == model]
+        found = family.references(model, [cases[at].prompt for at in places], max_tokens)
+        texts |= dict(zip(places, found, strict=True))
+    return [texts[at] for at in range(len(cases))]
