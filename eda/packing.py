@@ -11,7 +11,7 @@ from eda.lora import LoraSegment
 from eda.proposal import Proposal
 from eda.state import SequenceState
 from eda.static.target_pass import TargetRow
-from eda.transfers import upload, upload_tensor
+from eda.transfers import upload
 
 
 @dataclass(slots=True)
@@ -36,19 +36,19 @@ class StepRow:
         state, first = self.state, self.state.num_computed
         tokens = state.token_ids[first : first + self.num_tokens]
         positions = list(range(first, first + self.num_tokens))
-        mask = None
+        seen = None
         if self.proposal is not None:
             tokens += self.proposal.token_ids
             positions += [first + depth for depth in self.proposal.depths()]
             if not self.proposal.is_chain:
-                mask = _ancestor_mask(self.proposal)
+                seen = _ancestors(self.proposal)
         return TargetRow(
             tokens,
             positions,
             [max(state.num_prompt_tokens, position + 1) for position in positions],
             state.slot_start,
             first,
-            mask,
+            seen,
             self.num_tokens - 1 if self.emits else len(tokens),
         )
 
@@ -75,7 +75,7 @@ def pack(group: Sequence[StepRow], device: torch.device) -> tuple[Tensor, Packed
         positions += part.positions
         rope_lengths += part.rope_lengths
         slots += range(start + part.context, start + part.context + size)
-        mask = None if part.tail_mask is None else upload_tensor(part.tail_mask, device)
+        mask = None if part.seen is None else upload(part.seen, device, torch.bool)
         attention_rows.append(AttentionRow(row.start, size, start, part.context + size, mask))
     packed = upload([tokens, positions, slots, rope_lengths], device)
     return packed[0], PackedBatch(packed[1], packed[2], attention_rows, packed[3])
@@ -96,10 +96,12 @@ def lora_segments(group: Sequence[StepRow]) -> list[LoraSegment]:
     return segments
 
 
-def _ancestor_mask(proposal: Proposal) -> Tensor:
-    """Bool ``[1 + n, 1 + n]``: node ``i`` (0 is the root) sees itself and its ancestors."""
+def _ancestors(proposal: Proposal) -> list[list[int]]:
+    """``[1 + n][1 + n]``: 1 where node ``i`` (0 is the root) sees node ``j``, itself or an ancestor; else 0."""
     size = 1 + len(proposal.token_ids)
-    mask = torch.eye(size, dtype=torch.bool)
+    seen = [[1] + [0] * (size - 1)]
     for node, parent in enumerate(proposal.parents, start=1):
-        mask[node] |= mask[parent]
-    return mask
+        line = list(seen[parent])
+        line[node] = 1
+        seen.append(line)
+    return seen

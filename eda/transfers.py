@@ -17,11 +17,6 @@ def upload(
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
-def upload_tensor(host: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on ``device``, in the same manner; ``host`` itself where that is the CPU."""
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
-
-
 def read(*tensors: Tensor) -> list[list[list[float]]]:
     """Each tensor ``[B, n]`` as nested lists, integers as whole floats; one wait for all of them.
 

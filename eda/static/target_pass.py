@@ -25,8 +25,8 @@ class TargetRow:
     cache_start: int
     context: int
     """Cached keys before the new tokens, which go to the slots behind them."""
-    tail_mask: Tensor | None
-    """Bool ``[n, n]`` on the CPU: which of the new tokens each one sees; ``None`` is causal."""
+    seen: Sequence[Sequence[int]] | None
+    """``[n][n]``: 1 where a token sees another of the new ones, else 0; ``None`` is causal."""
     first_wanted: int
     """Logits are wanted from this token on (``n``: of none)."""
 
@@ -142,8 +142,7 @@ class TargetPasses:
                 *("tail", "lines", "kept"),
             )
         }
-        causal = torch.ones(width, width, dtype=torch.int64).tril_()
-        causal_list = causal.view(-1).tolist()
+        causal = [int(key <= query) for query in range(width) for key in range(width)]
         for place in range(count):
             first = place * width
             if place >= len(rows):
@@ -155,7 +154,7 @@ class TargetPasses:
                 values["starts"].append(scratch)
                 values["contexts"].append(0)
                 values["lengths"].append(1)
-                values["tail"] += causal_list
+                values["tail"] += causal
                 continue
             row = rows[place]
             size = len(row.tokens)
@@ -169,12 +168,12 @@ class TargetPasses:
             values["starts"].append(row.cache_start)
             values["contexts"].append(row.context)
             values["lengths"].append(row.context + size)
-            if row.tail_mask is None:
-                values["tail"] += causal_list
+            if row.seen is None:
+                values["tail"] += causal
             else:
-                tail = causal.clone()
-                tail[:size, :size] = row.tail_mask
-                values["tail"] += tail.view(-1).tolist()
+                for line in row.seen:
+                    values["tail"] += [*line, *([0] * padding)]
+                values["tail"] += causal[size * width :]
             values["lines"] += range(first + row.first_wanted, first + size)
             values["kept"] += range(first, first + size)
         numbers = len(values["lines"]), len(values["kept"])

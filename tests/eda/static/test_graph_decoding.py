@@ -18,17 +18,12 @@ from graph_decoding import (
     recording,
     state_of,
 )
-from reference_family import Family, make_family
+from reference_family import Family
 
 from eda.sampling import SamplingParams
 from eda.speculative import ScheduledRow, Speculation, SpeculativeDecoder
 
 MODELS = ("base", "math", "code", "medical")
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return make_family(tmp_path_factory.mktemp("family"))
 
 
 @pytest.mark.parametrize("model", MODELS)
