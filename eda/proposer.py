@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from eda.attention import AttentionRow, PackedBatch
+from eda.chains import cut_chains
 from eda.draft import DraftModel
 from eda.kernel_proposals import KernelProposals, has_plain_scores
 from eda.kernels.draft import supports
@@ -21,7 +22,7 @@ from eda.lora import LoraAdapter
 from eda.private import PrivateSegment
 from eda.sampling import LogitsContext, draft_scores, propose_chain_tokens
 from eda.state import SequenceState
-from eda.static.draft_passes import DraftPasses, cut_chains
+from eda.static.draft_passes import DraftPasses
 from eda.static.replay import GraphCache
 from eda.static.shapes import MAX_TOKENS
 from eda.target import FineTune, TargetModel

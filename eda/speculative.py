@@ -21,9 +21,9 @@ from eda.proposer import Proposer, in_draft_order
 from eda.sampling import TokenHistory
 from eda.state import SequenceState, Speculation
 from eda.static.choice import GraphChoice, graph_cache
-from eda.static.shapes import MAX_TOKENS
+from eda.static.shapes import MAX_TOKENS, WARM_UP_KEYS
 from eda.static.target_pass import TargetPasses
-from eda.target import TargetModel, TargetOutput
+from eda.target import FineTune, TargetModel, TargetOutput
 from eda.transfers import upload
 from eda.verification import TokenLogprobs, VerificationRow, verify
 
@@ -108,6 +108,35 @@ class SpeculativeDecoder:
             own = draft.config
             size += KVCache.bytes_per_slot(1, own.num_kv_heads, own.head_dim, target.dtype)
         return size
+
+    @torch.inference_mode()
+    def warm_up(
+        self, shapes: Sequence[tuple[int, Speculation]], num_keys: Sequence[int] = WARM_UP_KEYS
+    ) -> int:
+        """Records the passes of plain and drafting rounds, so that the first requests need not.
+
+        Nothing happens where passes are not recorded. Others than these are recorded when they have come up often
+        enough, and so are those of fine-tunes and private modules.
+
+        Args:
+            shapes: numbers of sequences, and how they draft; greedily, with the base model and the shared draft.
+            num_keys: lengths of the longest sequence.
+
+        Returns:
+            How many recordings there are.
+        """
+        if self.graphs is None or self.target_passes is None:
+            return 0
+        fine_tune = FineTune("base", self.target)
+        if self.proposer is not None:
+            self.target.tap_layers = self.proposer.draft.config.tap_layers
+        for keys in num_keys:
+            for num_rows, speculation in shapes:
+                self.target_passes.prepare(self.target, None, num_rows, 1, keys)
+                if self.proposer is not None and self.proposer.passes is not None:
+                    self.target_passes.prepare(self.target, None, num_rows, speculation.num_nodes + 1, keys)
+                    self.proposer.passes.prepare(fine_tune, num_rows, speculation, keys)
+        return len(self.graphs)
 
     # admission
 

@@ -43,6 +43,13 @@ class Speculation:
             raise ValueError(f"min_probability is {self.min_probability}; it must be from 0 to below 1")
 
     @property
+    def num_nodes(self) -> int:
+        """Draft tokens that the target verifies at most."""
+        if self.mode == "none" or self.num_speculative_tokens == 0:
+            return 0
+        return self.tree_num_nodes if self.mode == "tree" else self.num_speculative_tokens
+
+    @property
     def slots(self) -> int:
         """Cache slots that one draft of this kind takes beyond the accepted tokens."""
         if self.mode == "tree":

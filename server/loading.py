@@ -6,7 +6,8 @@ from adapters.loading import ModelLoader
 from adapters.service import AdapterService
 from adapters.traffic import TrafficRecord
 from adapters.watcher import RegistryWatcher
-from eda.speculative import SpeculativeDecoder
+from eda.speculative import Speculation, SpeculativeDecoder
+from eda.static.shapes import ROWS
 from server.adaptation import make_adapter_service, make_worker
 from server.adapter_metrics import AdapterMetrics
 from server.engine.async_engine import AsyncEngine
@@ -40,7 +41,10 @@ def load_runtime(services: Services) -> Runtime:
         max_model_len=max_model_len,
         max_running=settings.max_running,
     )
-    decoder = SpeculativeDecoder(target, draft, num_slots=num_slots)
+    decoder = SpeculativeDecoder(target, draft, num_slots=num_slots, graphs=settings.cuda_graphs)
+    table = _table(settings, cpu_passes=target.has_kernel)
+    # Part of loading, so that the server is ready when the usual passes are recorded.
+    num_graphs = decoder.warm_up(_usual_rounds(table, settings.max_running))
     tokenizer = TextTokenizer.load(paths.target)
 
     loader = ModelLoader(target, draft, base_name=settings.model_name)
@@ -65,7 +69,7 @@ def load_runtime(services: Services) -> Runtime:
 
     engine = AsyncEngine(
         decoder,
-        SpeculationPolicy(_table(settings, cpu_passes=target.has_kernel)),
+        SpeculationPolicy(table),
         SchedulerLimits(settings.max_running, settings.max_tokens_per_step),
         max_waiting=settings.max_waiting,
         on_step_stats=services.metrics.on_step_stats,
@@ -80,6 +84,7 @@ def load_runtime(services: Services) -> Runtime:
         dtype=str(target.dtype).removeprefix("torch."),
         cache_slots=num_slots,
         max_model_len=max_model_len,
+        cuda_graphs=num_graphs,
     )
 
     def start() -> None:
@@ -114,6 +119,16 @@ def _record_traffic(adapters: AdapterService, sequence: Sequence) -> None:
             finish_reason=str(sequence.finish_reason),
         )
     )
+
+
+def _usual_rounds(table: SpeculationTable, max_running: int) -> list[tuple[int, Speculation]]:
+    """How each number of sequences that passes are recorded for drafts, by the table."""
+    rounds = []
+    for num_rows in ROWS:
+        if num_rows <= max_running:
+            levels = [level for level in table.levels if num_rows <= level.max_batch_size]
+            rounds.append((num_rows, (levels or table.levels[-1:])[0].speculation()))
+    return rounds
 
 
 def _table(settings: Settings, *, cpu_passes: bool) -> SpeculationTable:

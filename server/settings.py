@@ -54,6 +54,9 @@ class Settings(BaseSettings):
     )
     device: str = Field("auto", description='"auto", "cpu", "cuda" or "cuda:1"')
     num_threads: int | None = Field(None, ge=1, description="CPU threads of the model")
+    cuda_graphs: Literal["auto", "off"] = Field(
+        "auto", description="auto replays small passes as CUDA graphs on a GPU; nothing changes elsewhere"
+    )
 
     # Engine
     cache_mib: int = Field(1024, ge=1, description="memory of the key/value cache, MiB")

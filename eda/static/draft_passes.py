@@ -1,17 +1,17 @@
 """The host's side of the draft in fixed shapes: which batches it takes, filling buffers, reading results."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from eda.chains import cut_chains
 from eda.draft import DraftModel
 from eda.kernel_proposals import has_plain_scores
 from eda.kv_cache import KVCache
 from eda.proposal import Proposal
 from eda.sampling import draw_uniforms
-from eda.state import SequenceState
+from eda.state import SequenceState, Speculation
 from eda.static.draft_functions import (
     ChainBuffers,
     DraftOwners,
@@ -21,7 +21,7 @@ from eda.static.draft_functions import (
     extension_function,
     tree_function,
 )
-from eda.static.replay import GraphCache
+from eda.static.replay import GraphCache, Recordable
 from eda.static.shapes import CHAINS, EXTENSIONS, MAX_TOKENS, ROWS, Inputs, num_keys, round_up
 from eda.target import FineTune
 from eda.transfers import read, upload
@@ -70,15 +70,12 @@ class DraftPasses:
         features: Tensor,
         lengths: Sequence[int],
         tokens: Sequence[int],
-        *,
-        now: bool = False,
     ) -> Tensor | None:
         """``Proposer.extend`` of ``lengths[b]`` features of each row, of which ``draft_length`` knows nothing yet.
 
         Args:
             features: ``[sum(lengths), 3H]``.
             tokens: the ids behind them.
-            now: make the recording at the first time.
 
         Returns:
             Each row's last output ``[B, H]``, in memory of its own.
@@ -92,23 +89,32 @@ class DraftPasses:
         if keys is None:
             return None
         key = self._graphs.key("draft extension", (count, width, keys), owners.references())
-        if not self._graphs.wants(key, now=now):
+        if not self._graphs.wants(key):
             return None
-        buffer, inputs = self._extension_buffers(features, count, width)
+        buffer, inputs = self._extension_buffers(features.shape[1], features.dtype, count, width)
         self._load_extension(inputs, states, lengths, tokens, count, width)
         places = inputs["places"].narrow(0, 0, features.shape[0])
         buffer.index_copy_(0, places, features.to(buffer.dtype))
-        hidden = self._hidden_of(count)
-        static = self._static(owners)
+        if not self._graphs.run(key, self._extension_maker(owners, count, width, keys)):
+            return None
+        return self._hidden_of(count).narrow(0, 0, len(states)).clone()
 
-        def make() -> tuple[Callable[[], None], Sequence[Tensor]]:
-            return extension_function(static, inputs, buffer, hidden, keys), (hidden,)
+    def _extension_maker(
+        self, owners: DraftOwners, count: int, width: int, keys: int
+    ) -> Callable[[], Recordable]:
+        def make() -> Recordable:
+            inputs, hidden = self._extensions[count, width], self._hidden_of(count)
+            assert self._features is not None
+            features = self._features.narrow(0, 0, count * width)
+            return extension_function(self._static(owners), inputs, features, hidden, keys), (hidden,)
 
-        return hidden.narrow(0, 0, len(states)).clone() if self._graphs.run(key, make) else None
+        return make
 
-    def _extension_buffers(self, features: Tensor, count: int, width: int) -> tuple[Tensor, Inputs]:
+    def _extension_buffers(
+        self, num_features: int, dtype: torch.dtype, count: int, width: int
+    ) -> tuple[Tensor, Inputs]:
         if self._features is None:
-            self._features = features.new_zeros(MAX_TOKENS, features.shape[1])
+            self._features = torch.zeros(MAX_TOKENS, num_features, dtype=dtype, device=self._device)
         inputs = self._extensions.get((count, width))
         if inputs is None:
             grid, total = (count, width), (count * width,)
@@ -150,7 +156,7 @@ class DraftPasses:
     # chains
 
     def chains(
-        self, states: Sequence[SequenceState], hidden: Tensor, lengths: Sequence[int], *, now: bool = False
+        self, states: Sequence[SequenceState], hidden: Tensor, lengths: Sequence[int]
     ) -> list[Proposal] | None:
         """``Proposer.propose_chains``. Chains are drafted to their full length and cut afterwards."""
         owners, count = _owners(states), round_up(len(states), ROWS)
@@ -166,7 +172,7 @@ class DraftPasses:
         drawn = [state.is_sampled for state in states]
         shape = (count, num_steps, keys, any(drawn))
         key = self._graphs.key("draft chain", shape, owners.references())
-        if not self._graphs.wants(key, now=now):
+        if not self._graphs.wants(key):
             return None
         buffers = self._chain_buffers(count, num_steps)
         buffers.inputs.load(self._row_values(states, lengths, count, slots_per_row=1))
@@ -183,13 +189,7 @@ class DraftPasses:
             buffers.is_drawn.copy_(on_device[1] > 0.0)
             uniforms = draw_uniforms(count * num_steps, self._generator, self._device)
             buffers.uniforms.copy_(uniforms.view(count, num_steps))
-        static = self._static(owners)
-
-        def make() -> tuple[Callable[[], None], Sequence[Tensor]]:
-            outputs = (buffers.tokens, buffers.scores)
-            return chain_function(static, buffers, keys, draws=any(drawn)), outputs
-
-        if not self._graphs.run(key, make):
+        if not self._graphs.run(key, self._chain_maker(owners, buffers, keys, draws=any(drawn))):
             return None
         probabilities = buffers.probabilities.clone() if any(drawn) else None
         tokens, scores = read(buffers.tokens, buffers.scores)
@@ -204,6 +204,15 @@ class DraftPasses:
             ],
             self._draft.draft_token_ids,
         )
+
+    def _chain_maker(
+        self, owners: DraftOwners, buffers: ChainBuffers, keys: int, *, draws: bool
+    ) -> Callable[[], Recordable]:
+        def make() -> Recordable:
+            outputs = (buffers.tokens, buffers.scores)
+            return chain_function(self._static(owners), buffers, keys, draws=draws), outputs
+
+        return make
 
     def _chain_buffers(self, count: int, num_steps: int) -> ChainBuffers:
         buffers = self._chains.get((count, num_steps))
@@ -232,7 +241,6 @@ class DraftPasses:
         top_k: int,
         depth: int,
         num_nodes: int,
-        now: bool = False,
     ) -> list[Proposal] | None:
         """``Proposer.propose_trees``."""
         owners, count = _owners(states), round_up(len(states), ROWS)
@@ -245,20 +253,21 @@ class DraftPasses:
             return None
         shape = (count, top_k, depth, num_nodes)
         key = self._graphs.key("draft tree", (*shape, keys), owners.references())
-        if not self._graphs.wants(key, now=now):
+        if not self._graphs.wants(key):
             return None
         buffers = self._tree_buffers(*shape)
         buffers.inputs.load(self._row_values(states, [depth] * len(states), count, slots_per_row=top_k))
         buffers.hidden.narrow(0, 0, len(states)).copy_(hidden)
-        static = self._static(owners)
-
-        def make() -> tuple[Callable[[], None], Sequence[Tensor]]:
-            return tree_function(static, buffers, keys), (buffers.values,)
-
-        if not self._graphs.run(key, make):
+        if not self._graphs.run(key, self._tree_maker(owners, buffers, keys)):
             return None
         proposals = best_nodes(buffers.values, buffers.order, buffers.tokens, buffers.parents)
         return proposals[: len(states)]
+
+    def _tree_maker(self, owners: DraftOwners, buffers: TreeBuffers, keys: int) -> Callable[[], Recordable]:
+        def make() -> Recordable:
+            return tree_function(self._static(owners), buffers, keys), (buffers.values,)
+
+        return make
 
     def _tree_buffers(self, count: int, top_k: int, depth: int, num_nodes: int) -> TreeBuffers:
         key = (count, top_k, depth, num_nodes)
@@ -277,6 +286,39 @@ class DraftPasses:
                 depth,
             )
         return buffers
+
+    # before the first request
+
+    def prepare(self, fine_tune: FineTune, num_rows: int, speculation: Speculation, keys: int) -> None:
+        """Makes the recordings of a round that drafts greedily without a private module, where that is a shape."""
+        owners, count = DraftOwners.of(fine_tune, None), round_up(num_rows, ROWS)
+        keys_of_row = None if count is None else num_keys(keys, count)
+        depth, references = speculation.num_speculative_tokens, owners.references()
+        if count is None or keys_of_row is None or speculation.mode == "none" or depth == 0:
+            return
+        width = round_up(depth + 1, EXTENSIONS)
+        if width is not None and count * width <= MAX_TOKENS:
+            key = self._graphs.key("draft extension", (count, width, keys_of_row), references)
+            if self._graphs.lacks(key):
+                num_features = self._draft.config.num_features
+                _, inputs = self._extension_buffers(num_features, fine_tune.model.dtype, count, width)
+                self._load_extension(inputs, (), (), (), count, width)
+                self._graphs.run(key, self._extension_maker(owners, count, width, keys_of_row))
+        num_steps = round_up(depth, CHAINS)
+        if speculation.mode == "chain" and num_steps is not None:
+            key = self._graphs.key("draft chain", (count, num_steps, keys_of_row, False), references)
+            if self._graphs.lacks(key):
+                chain = self._chain_buffers(count, num_steps)
+                chain.inputs.load(self._row_values((), (), count, slots_per_row=1))
+                self._graphs.run(key, self._chain_maker(owners, chain, keys_of_row, draws=False))
+        top_k, num_nodes = speculation.tree_top_k, speculation.tree_num_nodes
+        if speculation.mode == "tree" and count * top_k <= MAX_TOKENS:
+            shape = (count, top_k, depth, num_nodes)
+            key = self._graphs.key("draft tree", (*shape, keys_of_row), references)
+            if self._graphs.lacks(key):
+                tree = self._tree_buffers(*shape)
+                tree.inputs.load(self._row_values((), (), count, slots_per_row=top_k))
+                self._graphs.run(key, self._tree_maker(owners, tree, keys_of_row))
 
     # shared
 
@@ -312,43 +354,3 @@ def _owners(states: Sequence[SequenceState]) -> DraftOwners | None:
         if state.fine_tune.output_owner is not first.fine_tune.output_owner:
             return None
     return DraftOwners.of(first.fine_tune, first.private)
-
-
-def cut_chains(
-    states: Sequence[SequenceState],
-    lengths: Sequence[int],
-    tokens: Sequence[Sequence[float]],
-    scores: Sequence[Sequence[float]],
-    probabilities: Sequence[Tensor | None],
-    draft_token_ids: Tensor,
-) -> list[Proposal]:
-    """Chains of at most ``lengths[b]`` tokens from longer ones, ended where the draft became unsure.
-
-    Args:
-        tokens, scores: target ids and log-probabilities of each row, which may have more rows than ``states``.
-        probabilities: float32 ``[n, V_draft]`` of rows that were drawn at random.
-    """
-    proposals = []
-    for row, (state, length) in enumerate(zip(states, lengths, strict=True)):
-        kept = kept_length(scores[row][:length], state.speculation.min_probability)
-        path, drawn_from = [int(token) for token in tokens[row][:kept]], probabilities[row]
-        if drawn_from is None or not path:
-            proposals.append(Proposal.chain(path))
-        else:
-            proposals.append(Proposal.chain(path, drawn_from[:kept], draft_token_ids))
-    return proposals
-
-
-def kept_length(scores: Sequence[float], min_probability: float) -> int:
-    """How many tokens of a chain stay: it ends behind the one that makes its joint probability too small.
-
-    ``scores`` are the log-probabilities of its tokens.
-    """
-    if not min_probability:
-        return len(scores)
-    joint, limit = 0.0, math.log(min_probability)
-    for place, score in enumerate(scores, 1):
-        joint += score
-        if joint < limit:
-            return place
-    return len(scores)

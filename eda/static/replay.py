@@ -26,6 +26,8 @@ _MAX_COUNTED = 1024
 _WARM_UPS = 3
 
 Replay = Callable[[], object]
+Recordable = tuple[Callable[[], None], Sequence[Tensor]]
+"""A function over buffers, and the buffers that hold its results."""
 
 
 class Backend(Protocol):
@@ -158,11 +160,12 @@ class GraphCache:
         present = tuple(owner is not None for owner in owners)
         return GraphKey(kind, (*shape, present), references)
 
-    def wants(self, key: GraphKey, *, now: bool = False) -> bool:
-        """Whether ``run`` would do something for ``key``; counts the question.
+    def lacks(self, key: GraphKey) -> bool:
+        """Whether there is no recording yet, and one could be made."""
+        return not (self.is_off or key in self._graphs or key in self._refused)
 
-        ``now``: record at the first time.
-        """
+    def wants(self, key: GraphKey) -> bool:
+        """Whether ``run`` is to be called for ``key``: it is recorded, or has been asked for often enough."""
         self._forget_dead()
         if key in self._graphs:
             return True
@@ -170,7 +173,7 @@ class GraphCache:
             self.stats.declined += 1
             return False
         count = self._seen.pop(key, 0) + 1
-        if now or count >= self.capture_after:
+        if count >= self.capture_after:
             return True
         self._seen[key] = count
         if len(self._seen) > _MAX_COUNTED:
@@ -178,7 +181,7 @@ class GraphCache:
         self.stats.declined += 1
         return False
 
-    def run(self, key: GraphKey, make: Callable[[], tuple[Callable[[], None], Sequence[Tensor]]]) -> bool:
+    def run(self, key: GraphKey, make: Callable[[], Recordable]) -> bool:
         """Replays the recording of ``key``, or makes it with ``make() -> (function, outputs)``.
 
         The buffers must hold the pass's inputs. Returns whether the outputs hold its results now; if not, recording

@@ -15,6 +15,8 @@ CHAINS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 """Lengths of chains."""
 SMALLEST_KEYS = 256
 """Keys of each row are rounded up to this number times a power of two."""
+WARM_UP_KEYS = (SMALLEST_KEYS, 2 * SMALLEST_KEYS)
+"""Recorded before the first request; longer sequences are recorded when they come."""
 MAX_TOKENS = 68
 """Tokens of a pass, padding included; so many cache slots are kept for tokens that only pad."""
 MAX_KEYS = 16_384

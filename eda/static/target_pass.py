@@ -10,7 +10,7 @@ from torch import Tensor
 from eda.attention import static_batch
 from eda.kv_cache import KVCache
 from eda.lora import LoraAdapter, LoraSegment
-from eda.static.replay import GraphCache
+from eda.static.replay import GraphCache, GraphKey, Recordable
 from eda.static.shapes import MAX_TOKENS, QUERIES, ROWS, Inputs, num_keys, round_up
 from eda.target import TargetModel, TargetOutput
 
@@ -64,13 +64,12 @@ class TargetPasses:
         return _shape(num_rows, longest) is not None
 
     def run(
-        self, model: TargetModel, lora: LoraAdapter | None, rows: Sequence[TargetRow], *, now: bool = False
+        self, model: TargetModel, lora: LoraAdapter | None, rows: Sequence[TargetRow]
     ) -> TargetOutput | None:
         """One pass; ``None`` where there is no recording for it, and nothing has been computed then.
 
         Args:
             lora: that all rows use.
-            now: make the recording at the first time.
 
         Returns:
             The outputs of the rows' tokens in their order, in memory of their own: logits of the wanted ones, features
@@ -83,25 +82,49 @@ class TargetPasses:
         keys = num_keys(max(row.context + len(row.tokens) for row in rows), count)
         if keys is None:
             return None
-        key = self._graphs.key("target pass", (count, width, keys, model.tap_layers), (model, lora))
-        if not self._graphs.wants(key, now=now):
+        key = self._key(model, lora, count, width, keys)
+        if not self._graphs.wants(key):
             return None
         buffers = self._buffers_of(model, count, width)
         lines, kept = self._load(buffers.inputs, rows, count, width)
-
-        def make() -> tuple[Callable[[], None], Sequence[Tensor]]:
-            function = target_function(
-                model, lora, self._cache, buffers.inputs, buffers.logits, buffers.features, keys
-            )
-            return function, (buffers.logits, buffers.features)
-
-        if not self._graphs.run(key, make):
+        if not self._graphs.run(key, self._maker(model, lora, buffers, keys)):
             return None
+
         chosen = buffers.inputs["lines"].narrow(0, 0, lines)
         of_all = buffers.inputs["kept"].narrow(0, 0, kept)
         features = buffers.features.index_select(0, of_all) if self._with_features else None
         logits = buffers.logits.index_select(0, chosen)
         return TargetOutput(logits.new_empty(0, model.config.hidden_size), features, logits)
+
+    def prepare(
+        self, model: TargetModel, lora: LoraAdapter | None, num_rows: int, width: int, keys: int
+    ) -> None:
+        """Makes the recording for so many rows of ``width`` tokens and ``keys`` keys, where that is a shape."""
+        shape = _shape(num_rows, width)
+        keys_of_row = None if shape is None else num_keys(keys, shape[0])
+        if shape is None or keys_of_row is None:
+            return
+        key = self._key(model, lora, *shape, keys_of_row)
+        if self._graphs.lacks(key):
+            buffers = self._buffers_of(model, *shape)
+            self._load(buffers.inputs, (), *shape)
+            self._graphs.run(key, self._maker(model, lora, buffers, keys_of_row))
+
+    def _key(
+        self, model: TargetModel, lora: LoraAdapter | None, count: int, width: int, keys: int
+    ) -> GraphKey:
+        return self._graphs.key("target pass", (count, width, keys, model.tap_layers), (model, lora))
+
+    def _maker(
+        self, model: TargetModel, lora: LoraAdapter | None, buffers: _Buffers, keys: int
+    ) -> Callable[[], Recordable]:
+        def make() -> Recordable:
+            function = target_function(
+                model, lora, self._cache, buffers.inputs, buffers.logits, buffers.features, keys
+            )
+            return function, (buffers.logits, buffers.features)
+
+        return make
 
     def _buffers_of(self, model: TargetModel, count: int, width: int) -> _Buffers:
         buffers = self._buffers.get((count, width))

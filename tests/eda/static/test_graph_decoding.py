@@ -226,3 +226,39 @@ def test_sampling_with_recordings_keeps_the_distribution(family: Family) -> None
 def test_the_choice_is_off_where_it_makes_no_sense(family: Family, tmp_path: Path) -> None:
     assert SpeculativeDecoder(family.base, family.draft, num_slots=64).graphs is None, "no GPU"
     assert SpeculativeDecoder(family.base, family.draft, num_slots=64, graphs="off").graphs is None
+
+
+@pytest.mark.parametrize(
+    ("count", "speculation"), [(1, TREE), (1, CHAIN), (2, CHAIN), (4, Speculation("chain", 2)), (2, PLAIN)]
+)
+def test_after_warming_up_no_greedy_round_has_to_wait_for_a_recording(
+    family: Family, count: int, speculation: Speculation
+) -> None:
+    """Nothing else would be recorded here, and every pass is a replay."""
+    graphs = recording(capture_after=10**9)
+    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=512, graphs=graphs)
+    assert decoder.warm_up([(count, speculation)]) == len(graphs) > 0
+    cases = [Case("base", random_prompt, speculation=speculation) for random_prompt in [[5, 6], [7, 8]] * 2][
+        :count
+    ]
+    states = [state_of(family, case, 20) for case in cases]
+    for state in states:
+        decoder.admit(state)
+    decoder.step([ScheduledRow(state, state.num_uncomputed) for state in states])
+    before = graphs.stats.declined
+    for _ in range(3):
+        decoder.step([ScheduledRow(state) for state in states])
+    assert graphs.stats.declined == before
+    assert graphs.stats.replayed == 3 * (1 if speculation is PLAIN else 3)
+    texts = expected_texts(family, cases, 20)
+    for case, state, text in zip(cases, states, texts, strict=True):
+        emitted = state.token_ids[len(case.prompt) :]
+        assert emitted == text[: len(emitted)]
+
+
+def test_warming_up_a_decoder_without_recordings_does_nothing(family: Family) -> None:
+    assert SpeculativeDecoder(family.base, family.draft, num_slots=64).warm_up([(1, CHAIN)]) == 0
+    alone = SpeculativeDecoder(family.base, num_slots=64, graphs=recording())
+    assert alone.warm_up([(1, CHAIN), (16, CHAIN)], [256]) == 2, (
+        "without a draft there are plain passes alone"
+    )
