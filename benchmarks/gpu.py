@@ -3,15 +3,15 @@
     python -m benchmarks.gpu --json gpu.json
 
 1. Copy bandwidth of the device's memory, and single passes of a target with random weights of an 8B Llama's shape: how
-   much of the limit is reached that reading all weights once sets. Each pass is timed as the engine runs it and as a
-   replayed CUDA graph of the same fixed lengths, captured by this script: the engine itself has no CUDA graphs.
-2. Decoding with the engine on those weights: seconds of a plain round, and of a round that drafts (with an untrained
-   draft of that target's shape, which costs what a trained one costs).
+   much of the limit is reached that reading all weights once sets. Each pass is timed operation by operation and as the
+   engine replays it as a CUDA graph (`--no-graphs` leaves that out).
+2. Decoding with the engine on those weights, with CUDA graphs and without: seconds of a plain round, and of rounds that
+   draft with the shared draft alone and with a private module (both untrained, which costs what trained ones cost).
 3. The bundled family, trained: tokens per round and tokens/s with no draft, the shared draft and private modules.
 
 The last figure puts 2 and 3 together: what the family's acceptance would give at the large target's cost per round. It
 is a projection and named so. Exits with 2 where there is no CUDA device. `--device cpu --tiny` runs every line of this
-on a few hundred kilobytes of weights; its figures mean nothing.
+on a few hundred kilobytes of weights, with functions that are called again for graphs; its figures mean nothing.
 """
 
 import argparse
@@ -38,10 +38,13 @@ from benchmarks.gpu_passes import (
     synchronise,
     time_pass,
 )
-from benchmarks.own_engine import Family, OwnEngine, own_contestants, own_name
+from benchmarks.own_engine import KINDS, Family, OwnEngine, own_contestants, own_name
 from benchmarks.peers.interface import Prompt
 from eda.draft import DraftConfig, DraftModel
+from eda.private import PrivateModule
 from eda.speculative import Speculation, SpeculativeDecoder
+from eda.static.choice import GraphChoice
+from eda.static.replay import Backend, CudaGraphBackend, GraphCache, RerunBackend
 from eda.target import FineTune, TargetModel
 from server.engine.speculation import SpeculationTable
 from server.models import model_paths
@@ -101,10 +104,22 @@ def untrained_draft(target: TargetModel) -> DraftModel:
     return draft.to(device=target.device, dtype=target.dtype)
 
 
+def untrained_private(draft: DraftModel) -> PrivateModule:
+    """A private module of half the shared feed-forward network's width, with a low-rank part on ``fc``."""
+    module = PrivateModule.initialised(draft.config.private_config(draft.config.intermediate_size // 2, 32))
+    return module.to(device=draft.fc.weight.device, dtype=draft.fc.weight.dtype).requires_grad_(False)
+
+
+def graph_backend(device: torch.device) -> Backend:
+    """CUDA graphs; on the CPU functions that are called again, which saves nothing."""
+    return CudaGraphBackend(device) if device.type == "cuda" else RerunBackend()
+
+
 def measure_passes(
     target: TargetModel, *, bandwidth: float, context: int, repeats: int, graphs: bool
 ) -> tuple[list[PassTiming], str | None]:
     """All of ``PASSES``, and why graphs are missing where they were asked for."""
+    backend = graph_backend(target.device) if graphs else None
     timings, reason = [], None
     for batch, tokens in PASSES:
         timing, refused = time_pass(
@@ -114,7 +129,7 @@ def measure_passes(
             context=context,
             bandwidth=bandwidth,
             repeats=repeats,
-            graphs=graphs and reason is None,
+            backend=backend if reason is None else None,
         )
         reason = reason or refused
         timings.append(timing)
@@ -122,14 +137,27 @@ def measure_passes(
 
 
 def seconds_per_round(
-    target: TargetModel, draft: DraftModel, *, prompt: int, rounds: int
+    target: TargetModel,
+    draft: DraftModel,
+    private: PrivateModule,
+    *,
+    prompt: int,
+    rounds: int,
+    graphs: bool,
 ) -> dict[str, float]:
-    """Seconds of the engine's rounds for a lone sequence, plain and drafting; the prompt's pass is not in them."""
-    family = Family(target, draft, {"large": FineTune("large", target)}, {})
+    """Seconds of the engine's rounds for a lone sequence: without a draft, with the shared one, with a private module.
+
+    The prompt's pass is not in them, nor is the recording of graphs.
+    """
+    family = Family(target, draft, {"large": FineTune("large", target)}, {"large": private})
     speculation = SpeculationTable.default().levels[0].speculation()
     results = {}
-    for kind, shape in (("none", Speculation("none")), ("shared", speculation)):
-        decoder = SpeculativeDecoder(target, draft, num_slots=prompt + rounds * 8 + 64)
+    for kind in KINDS:
+        shape = Speculation("none") if kind == "none" else speculation
+        choice = GraphCache(graph_backend(target.device), capture_after=1) if graphs else "off"
+        # Every round can accept a whole draft, and those are the tokens that its slots are for.
+        longest = prompt + (4 + rounds) * (shape.num_speculative_tokens + 1) + shape.slots
+        decoder = SpeculativeDecoder(target, draft, num_slots=longest, graphs=choice)
         engine = OwnEngine(decoder, family, kind, shape, 1)
         prompts = [Prompt("large", [index % target.config.vocab_size for index in range(prompt)])]
 
@@ -142,10 +170,22 @@ def seconds_per_round(
             synchronise(target.device)
             return time.perf_counter() - start, completion.num_rounds or 0
 
-        timed(8)
+        timed(4)
+        timed(4 + rounds)  # everything that is recorded on the way is recorded now
         short, long = timed(4), timed(4 + rounds)
         results[kind] = (long[0] - short[0]) / max(1, long[1] - short[1])
     return results
+
+
+def round_table(rounds: dict[str, dict[str, float]], limit: float) -> str:
+    """Seconds per round as text, ``rounds`` by graphs and kind."""
+    lines = [f"{'rounds, ms':>14}{'plain':>10}{'of limit':>10}{'shared':>10}{'private':>10}"]
+    for name, by_kind in rounds.items():
+        plain, shared, private = (by_kind[kind] for kind in KINDS)
+        lines.append(
+            f"{name:>14}{plain * 1e3:10.2f}{limit / plain:10.2f}{shared * 1e3:10.2f}{private * 1e3:10.2f}"
+        )
+    return "\n".join(lines)
 
 
 def measure_family(options: argparse.Namespace, device: torch.device) -> list[Row]:
@@ -158,7 +198,8 @@ def measure_family(options: argparse.Namespace, device: torch.device) -> list[Ro
     for domain in domains:
         prompts = read_prompts(options.prompts, domain, options.num_prompts, tokenizer)
         length = max(len(prompt.token_ids) for prompt in prompts) + options.tokens + 64
-        decoder = SpeculativeDecoder(family.target, family.draft, num_slots=length * 16)
+        graphs: GraphChoice = "auto" if options.graphs else "off"
+        decoder = SpeculativeDecoder(family.target, family.draft, num_slots=length * 16, graphs=graphs)
         contestants = own_contestants(decoder, family, [domain], (1, 16), SpeculationTable.default())
         records, failed = run_in_turns(contestants, prompts, options.tokens)
         for name, reason in failed.items():
@@ -185,7 +226,7 @@ def pass_table(timings: Sequence[PassTiming]) -> str:
 def projected_speedups(rows: Sequence[Row], rounds: dict[str, float]) -> dict[str, float]:
     """How much faster than plain the large target would be with the family's tokens per round."""
     return {
-        kind: row.tokens_per_round * rounds["none"] / rounds["shared"]
+        kind: row.tokens_per_round * rounds["none"] / rounds[kind]
         for row in means_over_domains(rows)
         for kind in ("shared", "private")
         if row.name == own_name(kind, 1) and row.tokens_per_round is not None
@@ -243,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bandwidth = copy_bandwidth(device, 2**30 if on_gpu else 2**22, options.repeats)
     print(f"copy bandwidth: {bandwidth / 1e9:.0f} GB/s read and written")
     target = random_target(llama_config(**SHAPES[shape], dtype=dtype), device)
-    graphs = options.graphs and on_gpu
+    graphs = options.graphs
     timings, reason = measure_passes(
         target, bandwidth=bandwidth, context=options.context, repeats=options.repeats, graphs=graphs
     )
@@ -252,17 +293,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     print(pass_table(timings))
     if not graphs:
-        reason = "switched off" if on_gpu else "this is no CUDA device"
+        reason = "switched off"
     if reason is not None:
         print(f"no CUDA graphs: {reason}")
-    print("the engine itself decodes without CUDA graphs; the graph column is what they would give")
+    elif not on_gpu:
+        print(
+            "no CUDA graphs: this is no CUDA device, the graph columns are functions that were called again"
+        )
 
-    rounds = seconds_per_round(target, untrained_draft(target), prompt=32, rounds=options.rounds)
-    limit = timings[0].limit
-    print(
-        f"\nrounds of the engine, lone sequence: plain {rounds['none'] * 1e3:.2f} ms "
-        f"({limit / rounds['none']:.2f} of the bandwidth limit), drafting {rounds['shared'] * 1e3:.2f} ms"
-    )
+    draft = untrained_draft(target)
+    private = untrained_private(draft)
+    rounds = {
+        name: seconds_per_round(
+            target, draft, private, prompt=32, rounds=options.rounds, graphs=name == "graphs on"
+        )
+        for name in (("graphs off", "graphs on") if graphs and reason is None else ("graphs off",))
+    }
+    print("\nrounds of the engine, lone sequence")
+    print(round_table(rounds, timings[0].limit))
     document: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if on_gpu else "none, a trial run",
         "shape": shape,
@@ -278,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nno acceptance measured: {error}")
     else:
         print(table("trained family, mean over domains", means_over_domains(rows)))
-        projected = projected_speedups(rows, rounds)
+        projected = projected_speedups(rows, rounds.get("graphs on", rounds["graphs off"]))
         for kind, factor in projected.items():
             print(f"projected, {kind} / plain at the {shape} target's cost per round: {factor:.2f}x")
         document |= {"family": [row.as_json() for row in rows], "projected": projected}

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,14 +11,18 @@ from torch import Tensor
 from eda.attention import AttentionRow, PackedBatch
 from eda.config import ModelConfig, RopeConfig
 from eda.kv_cache import KVCache
+from eda.static.replay import Backend, GraphCache, Replay
+from eda.static.shapes import MAX_TOKENS
+from eda.static.target_pass import TargetPasses, TargetRow
 from eda.target import TargetModel
+from eda.transfers import upload
 
 
 @dataclass(frozen=True, slots=True)
 class PassTiming:
     """Seconds of one target pass, its head included. ``limit`` is what reading its bytes once would take.
 
-    ``replayed`` is the same pass captured as a CUDA graph, ``None`` where there are none.
+    ``replayed`` is the same pass from the engine's own recording, ``None`` where there is none.
     """
 
     batch: int
@@ -132,45 +136,57 @@ def time_pass(
     context: int,
     bandwidth: float,
     repeats: int,
-    graphs: bool,
+    backend: Backend | None,
 ) -> tuple[PassTiming, str | None]:
     """Times a pass in which each of ``batch`` sequences computes ``tokens`` behind ``context`` cached ones.
 
-    Returns the timing, and why there is no graph where one was asked for.
+    Operation by operation, and as the engine replays it: upload and copies of the results included.
+
+    Args:
+        backend: makes the recordings; ``None`` times none.
+
+    Returns:
+        The timing, and why there is no recording where one was asked for.
     """
     device, length = model.device, context + tokens
-    cache = model.new_cache(batch * length)
-    ids = torch.arange(batch * tokens, device=device) % model.config.vocab_size
-    offsets = torch.arange(context, length, device=device)
-    positions = offsets.repeat(batch)
-    slots = torch.cat([offsets + row * length for row in range(batch)])
-    rows = [AttentionRow(row * tokens, tokens, row * length, length) for row in range(batch)]
-    packed = PackedBatch(positions, slots, rows, positions + 1)
+    cache = model.new_cache(batch * length + MAX_TOKENS)
+    ids = [index % model.config.vocab_size for index in range(tokens)]
+    positions = list(range(context, length))
+    rope_lengths = [position + 1 for position in positions]
+    rows = [TargetRow(ids, positions, rope_lengths, row * length, context, None, 0) for row in range(batch)]
+    packed_ids = upload(ids * batch, device)
+    batch_rows = [AttentionRow(row * tokens, tokens, row * length, length) for row in range(batch)]
+    slots = [row * length + position for row in range(batch) for position in positions]
+    placed = upload([positions * batch, slots, rope_lengths * batch], device)
+    packed = PackedBatch(placed[0], placed[1], batch_rows, placed[2])
 
     def run() -> Tensor:
-        output = model(ids, packed, cache)
-        return model.logits(output.hidden)
+        return model.logits(model(packed_ids, packed, cache).hidden)
 
     seconds = seconds_of(run, device, repeats)
     replayed, reason = None, None
-    if graphs:
-        try:
-            replayed = seconds_of(_captured(run, device), device, repeats)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+    if backend is not None:
+        reasons = _Reasons(backend)
+        recordings = GraphCache(reasons, capture_after=1)
+        passes = TargetPasses(cache, cache.withhold(MAX_TOKENS), recordings, with_features=True)
+        passes.prepare(model, None, batch, tokens, length)
+        reason = reasons.reason
+        if reason is None:
+            replayed = seconds_of(lambda: passes.run(model, None, rows), device, repeats)
     limit = bytes_read(model, batch, context) / bandwidth
     return PassTiming(batch, tokens, context, seconds, replayed, limit), reason
 
 
-def _captured(run: Callable[[], object], device: torch.device) -> Callable[[], None]:
-    """``run`` as a CUDA graph. Raises ``RuntimeError`` for a pass that waits for the host somewhere."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # libraries choose and allocate in their first calls, which a capture must not see
-            run()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+class _Reasons:
+    """Remembers why a recording could not be made."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.reason: str | None = None
+
+    def capture(self, function: Callable[[], None], outputs: Sequence[Tensor]) -> Replay:
+        try:
+            return self._backend.capture(function, outputs)
+        except RuntimeError as error:
+            self.reason = str(error).splitlines()[0]
+            raise

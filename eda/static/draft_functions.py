@@ -177,7 +177,7 @@ def chain_function(
 def _chain_batch(static: StaticDraft, inputs: Inputs, step: int, keys: int) -> StaticBatch:
     """One token of each row behind ``step`` drafted ones. Rows that want no more write where nobody reads."""
     needed = inputs["steps"] > step + 1
-    length = torch.where(needed, inputs["lengths"] + step, 0)
+    length = (inputs["lengths"] + step) * needed
     slots = torch.where(needed, inputs["starts"] + length, inputs["scratch"])
     tail = torch.ones(length.shape[0], 1, 1, dtype=torch.bool, device=length.device)
     starts = torch.where(needed, inputs["starts"], inputs["scratch"])
@@ -214,14 +214,14 @@ def tree_function(static: StaticDraft, buffers: TreeBuffers, keys: int) -> Calla
 
     def advance(hidden: Tensor, tokens: Tensor, ancestors: Tensor, level: int) -> Tensor:
         needed = inputs["steps"] > 0
-        context = torch.where(needed, inputs["lengths"], 0)
+        context = inputs["lengths"] * needed
         drafted = top_k * (level - 1)
         first = torch.where(needed, inputs["starts"] + context + drafted, inputs["scratch"])
         slots = first[:, None] + torch.arange(top_k, device=hidden.device)
-        positions = (context + torch.where(needed, level - 1, 0))[:, None].expand(-1, top_k)
+        positions = (context + (level - 1) * needed)[:, None].expand(-1, top_k)
         # A row that only pads reads its scratch slots alone.
         starts = torch.where(needed, inputs["starts"], inputs["scratch"])
-        lengths = context + torch.where(needed, drafted + top_k, top_k)
+        lengths = context + top_k + drafted * needed
         batch = static.batch(positions, slots, starts, context, lengths, ancestors, keys)
         return static.step(hidden, tokens, batch)
 

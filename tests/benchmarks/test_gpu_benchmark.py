@@ -41,15 +41,22 @@ def test_a_trial_run_on_the_cpu(
     assert "no CUDA graphs: this is no CUDA device" in printed
     document = json.loads(path.read_text(encoding="utf-8"))
     assert len(document["passes"]) == len(gpu.PASSES)
-    assert all(timing["replayed"] is None for timing in document["passes"])
+    assert all(timing["replayed"] > 0 for timing in document["passes"])
+    assert set(document["seconds_per_round"]) == {"graphs off", "graphs on"}
+    assert all(
+        set(kinds) == {"none", "shared", "private"} for kinds in document["seconds_per_round"].values()
+    )
     assert {row["domain"] for row in document["family"]} == {"math", "code"}
     assert set(document["projected"]) == {"shared"}, "code has no private module, so there is no mean for it"
 
 
 def test_without_a_family_the_rest_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--device", "cpu", "--tiny", "--context", "4", "--repeats", "1", "--rounds", "1"]
-    assert gpu.main([*arguments, "--models", str(tmp_path)]) == 0
-    assert "no acceptance measured" in capsys.readouterr().out
+    assert gpu.main([*arguments, "--no-graphs", "--models", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "no acceptance measured" in printed
+    assert "no CUDA graphs: switched off" in printed
+    assert "graphs on" not in printed
 
 
 def test_the_limit_counts_what_a_pass_reads() -> None:

@@ -82,7 +82,7 @@ class NoWaiting(TorchDispatchMode):
             for each in (result if isinstance(result, (list, tuple)) else [result])
             if isinstance(each, Tensor)
         ]
-        # Scalars of no dimensions are passed as arguments of a kernel.
+        # Plain numbers are arguments of a kernel.
         elsewhere = [each for each in tensors if each.device.type != self.device and each.dim() > 0]
         if elsewhere:
             raise AssertionError(f"{func} has a tensor on {elsewhere[0].device}")
