@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from eda.sampling_params import SamplingParams
+from eda.transfers import upload
 
 
 class TokenHistory:
@@ -41,7 +42,7 @@ class TokenHistory:
         """Bool ``[vocab_size]``: tokens of the prompt. Not to be written to."""
         if self._prompt_seen is None:
             self._prompt_seen = torch.zeros(self.vocab_size, dtype=torch.bool, device=self.device)
-            self._prompt_seen[torch.tensor(self._unread_prompt, dtype=torch.int64, device=self.device)] = True
+            self._prompt_seen[upload(self._unread_prompt, self.device, torch.int64)] = True
             self._unread_prompt.clear()
         return self._prompt_seen
 
@@ -51,7 +52,7 @@ class TokenHistory:
         if self._output_counts is None:
             self._output_counts = torch.zeros(self.vocab_size, dtype=torch.float32, device=self.device)
         if self._unread_output:
-            ids = torch.tensor(self._unread_output, dtype=torch.int64, device=self.device)
+            ids = upload(self._unread_output, self.device, torch.int64)
             self._output_counts.index_add_(0, ids, torch.ones_like(ids, dtype=torch.float32))
             self._unread_output.clear()
         return self._output_counts
@@ -128,12 +129,12 @@ def _on_rows(logits: Tensor, rows: Sequence[int], process: Callable[[Tensor], Te
         return logits
     if len(rows) == logits.shape[0]:
         return process(logits)
-    index = torch.tensor(rows, device=logits.device)
+    index = upload(rows, logits.device)
     return logits.index_copy(0, index, process(logits[index]))
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+    return upload(values, like.device, torch.float32)[:, None]
 
 
 def _process(logits: Tensor, contexts: Sequence[LogitsContext], token_ids: Tensor | None) -> Tensor:
@@ -158,7 +159,7 @@ def _penalise(logits: Tensor, contexts: Sequence[LogitsContext], token_ids: Tens
     seen = torch.stack([history.prompt_seen for history in histories])
     drafted = [(row, token_id) for row, context in enumerate(contexts) for token_id in context.path]
     if drafted:
-        index = torch.tensor(drafted, device=logits.device).unbind(1)
+        index = upload(drafted, logits.device).unbind(1)
         counts.index_put_(index, counts.new_ones(()), accumulate=True)
     if token_ids is not None:
         counts, seen = counts[:, token_ids], seen[:, token_ids]
@@ -190,8 +191,8 @@ def _biases(contexts: Sequence[LogitsContext], logits: Tensor, token_ids: Tensor
                 values.append(value)
     biases = torch.zeros(len(contexts), size, dtype=torch.float32, device=logits.device)
     if places:
-        index = torch.tensor(places, device=logits.device).unbind(1)
-        added = torch.tensor(values, dtype=torch.float32, device=logits.device)
+        index = upload(places, logits.device).unbind(1)
+        added = upload(values, logits.device, torch.float32)
         biases.index_put_(index, added, accumulate=True)
     return biases if token_ids is None else biases[:, token_ids]
 
@@ -223,12 +224,13 @@ def _limits(
     """
     vocab_size = logits.shape[1]
     # Min-p looks at the likeliest token alone, which top-k and top-p never remove.
-    ratios = torch.tensor(min_ps, dtype=torch.float64).log().to(logits)[:, None]
+    logarithms: list[float] = torch.tensor(min_ps, dtype=torch.float64).log().tolist()
+    ratios = upload(logarithms, logits.device, logits.dtype)[:, None]
     if not any(top_ks) and min(top_ps) == 1.0:
         return logits.amax(-1, keepdim=True) + ratios
-    last = torch.tensor([(top_k or 1) - 1 for top_k in top_ks], device=logits.device)[:, None]
-    is_top_k = torch.tensor([top_k > 0 for top_k in top_ks], device=logits.device)[:, None]
-    masses = torch.tensor(top_ps, dtype=torch.float64, device=logits.device)[:, None]
+    last = upload([(top_k or 1) - 1 for top_k in top_ks], logits.device)[:, None]
+    is_top_k = upload([top_k > 0 for top_k in top_ks], logits.device)[:, None]
+    masses = upload(top_ps, logits.device, torch.float64)[:, None]
     is_top_p = masses < 1.0
 
     width = max(width, 1 + max(top_ks))

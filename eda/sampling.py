@@ -8,6 +8,7 @@ from torch import Tensor
 from eda.noise import gumbel_noise
 from eda.processors import LogitsContext, TokenHistory, process_logits
 from eda.sampling_params import SamplingParams
+from eda.transfers import upload
 
 __all__ = [
     "LogitsContext",
@@ -69,7 +70,7 @@ def add_noise(
         noise = noise[:, token_ids]
     if len(rows) == logits.shape[0]:
         return logits + noise
-    return logits.index_add(0, torch.tensor(rows, device=logits.device), noise)
+    return logits.index_add(0, upload(rows, logits.device), noise)
 
 
 def _noise_seed(params: SamplingParams) -> int | None:
@@ -110,7 +111,7 @@ def propose_chain_tokens(
     columns = draw(draft_probs, generator)
     if len(drawn_rows) < len(contexts):
         best = add_noise(processed, seeds, positions, draft_token_ids, vocab_size).argmax(-1)
-        is_drawn = torch.tensor([context.params.is_sampled for context in contexts], device=columns.device)
+        is_drawn = upload([context.params.is_sampled for context in contexts], columns.device)
         columns = torch.where(is_drawn, columns, best)
     return columns, draft_probs
 

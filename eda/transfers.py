@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def upload(
-    values: Sequence[int] | Sequence[float] | Sequence[Sequence[int]] | Sequence[Sequence[float]],
+    values: Sequence[float] | Sequence[Sequence[float]],
     device: torch.device,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
