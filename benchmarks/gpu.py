@@ -105,8 +105,10 @@ def untrained_draft(target: TargetModel) -> DraftModel:
 
 
 def untrained_private(draft: DraftModel) -> PrivateModule:
-    """A private module of half the shared feed-forward network's width, with a low-rank part on ``fc``."""
-    module = PrivateModule.initialised(draft.config.private_config(draft.config.intermediate_size // 2, 32))
+    """A private module of the sizes that training takes by itself."""
+    rank = draft.config.hidden_size // 8
+    sizes = draft.config.private_config(draft.config.intermediate_size // 4, rank, rank)
+    module = PrivateModule.initialised(sizes)
     return module.to(device=draft.fc.weight.device, dtype=draft.fc.weight.dtype).requires_grad_(False)
 
 

@@ -24,8 +24,9 @@ def recording(backend: Backend | None = None, *, max_graphs: int = 128, capture_
     return GraphCache(backend or RerunBackend(), max_graphs=max_graphs, capture_after=capture_after)
 
 
-def random_private(draft: DraftModel, seed: int, *, fc_rank: int = 3) -> PrivateModule:
-    module = PrivateModule(draft.config.private_config(24, fc_rank)).to(draft.fc.weight.device)
+def random_private(draft: DraftModel, seed: int, *, rank: int = 3) -> PrivateModule:
+    """A private module with large random weights in all of its parts; ``rank`` 0 leaves the low-rank ones out."""
+    module = PrivateModule(draft.config.private_config(24, rank, rank)).to(draft.fc.weight.device)
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)

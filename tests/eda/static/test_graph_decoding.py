@@ -57,7 +57,7 @@ def test_mixed_batches_equal_the_reference(family: Family) -> None:
     """Fine-tunes, private modules, modes, prompt chunks and lengths of all kinds change places in one batch."""
     rng = random.Random(2)
     cases = random_cases(family, MODELS, 120, seed=3)
-    privates = [None, *(random_private(family.draft, seed, fc_rank=seed) for seed in range(3))]
+    privates = [None, *(random_private(family.draft, seed, rank=seed) for seed in range(3))]
     modes = [PLAIN, CHAIN, TREE, Speculation("chain", num_speculative_tokens=1), Speculation("chain", 7)]
     for case in cases:
         case.private, case.speculation = rng.choice(privates), rng.choice(modes)
