@@ -12,8 +12,9 @@ from reference_family import Family
 from tiny import ARCHITECTURES, tiny_lora, tiny_target
 from torch import Tensor
 
+from eda.attention import AttentionRow, PackedBatch
 from eda.kv_cache import KVCache
-from eda.lora import LoraAdapter
+from eda.lora import LoraAdapter, LoraSegment
 from eda.speculative import ScheduledRow, SpeculativeDecoder
 from eda.static.shapes import MAX_KEYS, MAX_TOKENS, SMALLEST_KEYS, Inputs, num_keys, round_up
 from eda.static.target_pass import TargetPasses, TargetRow
@@ -130,10 +131,16 @@ def test_trees_and_features_equal_the_packed_pass(tmp_path: Path, with_lora: boo
     expected = run(model, cache, eager_rows)
     for found, wanted in zip(logits, expected, strict=True):
         assert_equal_logits(found, wanted, 1e-5)
-
-    alone = SpeculativeDecoder(model, num_slots=8)
-    assert alone.target_passes is None
-    assert all(part.shape[1] == 3 * model.config.hidden_size for part in features)
+    # The chain's features against one pass over its whole sequence.
+    tokens = torch.tensor([*random_tokens(11, 2), *rows[2].tokens])
+    size = len(tokens)
+    places = torch.arange(size)
+    packed = PackedBatch(places, places, [AttentionRow(0, size, 0, size)])
+    segments = [] if lora is None else [LoraSegment(lora, 0, size)]
+    with torch.inference_mode():
+        whole = model(tokens, packed, model.new_cache(size), segments).features
+    assert whole is not None
+    assert_equal_logits(features[2], whole[11:], 1e-5)
 
 
 def test_only_new_slots_and_scratch_are_written(tmp_path: Path) -> None:
@@ -178,7 +185,7 @@ def test_the_draft_reads_and_drafts_as_without_recordings(family: Family, model:
             chains = proposer.propose_chains(states, hidden, [5] * count)
             trees = proposer.propose_trees(states, hidden, top_k=3, depth=4, num_nodes=9)
         outputs.append([hidden, [c.token_ids for c in chains], [(t.token_ids, t.parents) for t in trees]])
-    torch.testing.assert_close(outputs[0][0], outputs[1][0], rtol=1e-4, atol=1e-5)
+    assert_equal_logits(outputs[1][0], outputs[0][0], 1e-5)
     assert outputs[0][1:] == outputs[1][1:]
 
 
