@@ -10,6 +10,7 @@ from eda.attention import PackedBatch
 from eda.draft import DraftModel
 from eda.kernels.draft import DraftHead, DraftKernel
 from eda.kernels.library import DraftRow
+from eda.kernels.verification import sampling_of
 from eda.kv_cache import KVCache
 from eda.lora import LoraAdapter
 from eda.private import PrivateSegment
@@ -45,8 +46,7 @@ class KernelProposals:
         """
         steps = chain_lengths
         if steps is None or not all(
-            has_plain_scores(state, any_temperature=True) or not count
-            for state, count in zip(states, steps, strict=True)
+            _draws_plainly(state) or not count for state, count in zip(states, steps, strict=True)
         ):
             steps = None
         rows = self._rows(states, steps or [0] * len(states), lengths)
@@ -56,7 +56,8 @@ class KernelProposals:
             count = len(states) * max(row.num_steps for row in rows)
             uniforms = draw_uniforms(count, self._generator, features.device).view(len(states), -1)
             for row, state, is_drawn in zip(rows, states, drawn, strict=True):
-                row.temperature = state.sampling.temperature if is_drawn else 0.0
+                if is_drawn:
+                    row.sampling = sampling_of(state.sampling)
         hidden, chains, probabilities = self.kernel.extend(rows, features, tokens, batch, segments, uniforms)
         if steps is None:
             return hidden, None
@@ -116,15 +117,12 @@ class KernelProposals:
         return rows
 
 
-def has_plain_scores(state: SequenceState, *, any_temperature: bool = False) -> bool:
-    """Whether the draft's own probabilities are the ones to choose by: nothing changes its logits, there is no seed.
+def has_plain_scores(state: SequenceState) -> bool:
+    """Whether the draft's own probabilities are the ones to grow a tree by: nothing changes them, there is no seed."""
+    return _draws_plainly(state) and not state.sampling.reshapes_distribution
 
-    With ``any_temperature`` a temperature may flatten or sharpen them.
-    """
+
+def _draws_plainly(state: SequenceState) -> bool:
+    """Whether the tokens of a chain depend on the draft's raw logits alone: the likeliest ones, or drawn ones."""
     params = state.sampling
-    if params.edits_logits:
-        return False
-    if params.is_greedy:
-        return True
-    cuts = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
-    return params.seed is None and not cuts and (any_temperature or params.temperature == 1.0)
+    return not params.edits_logits and (params.is_greedy or params.seed is None)

@@ -351,6 +351,7 @@ class SpeculativeDecoder:
             self._generator,
             block=self.block_verification,
             best=best,
+            in_kernel=self.target.has_kernel,
         )
         results = [StepResult([]) for _ in rows]
         source: list[int] = []

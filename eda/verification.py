@@ -12,14 +12,16 @@ Whatever the rule, the emitted tokens are distributed exactly as the target alon
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from eda.kernels.verification import can_verify, verify_chains
 from eda.processors import LogitsContext, TokenHistory, process_logits
 from eda.proposal import Proposal
 from eda.rejection import verify_sampled
-from eda.sampling import add_noise
+from eda.sampling import add_noise, draw_uniforms
 from eda.sampling_params import SamplingParams
 
 __all__ = ["Proposal", "TokenLogprobs", "Verdict", "VerificationRow", "verify"]
@@ -69,6 +71,7 @@ def verify(
     *,
     block: bool = False,
     best: Sequence[int] | None = None,
+    in_kernel: bool = False,
 ) -> list[Verdict]:
     """Verifies the proposals of a batch.
 
@@ -79,6 +82,7 @@ def verify(
         generator: source of all randomness of rows that are neither greedy nor seeded.
         block: verify sampled chains as a block, which accepts at least as many tokens on average.
         best: the argmax of each line, where all rows just take the likeliest token of raw logits.
+        in_kernel: the C++ functions are there, and verify the rows that they cover.
 
     Returns:
         One verdict per row.
@@ -86,17 +90,43 @@ def verify(
     Raises:
         ValueError: the number of lines is not what the rows need, or a penalty is on without a history.
     """
-    starts: list[int] = []
-    num_lines = 0
-    for row in rows:
-        starts.append(num_lines)
-        num_lines += 1 if row.proposal is None else 1 + len(row.proposal.token_ids)
+    *starts, num_lines = accumulate((1 + _num_nodes(row) for row in rows), initial=0)
     found = len(best or ()) if logits is None else logits.shape[0]
     if num_lines != found:
         raise ValueError(f"logits have {found} lines; these {len(rows)} rows need {num_lines}")
     if logits is None:
         return _verdicts(rows, dict(enumerate(_walk(best or (), rows))))
 
+    covered = [in_kernel and not block and can_verify(row.sampling, row.proposal) for row in rows]
+    quick = [index for index, is_covered in enumerate(covered) if is_covered]
+    others = [index for index, is_covered in enumerate(covered) if not is_covered]
+    outcomes: dict[int, tuple[list[int], int]] = {}
+    if quick:
+        chosen = [rows[index] for index in quick]
+        num_uniforms = sum(1 + _num_nodes(row) for row in chosen)
+        found_quick = verify_chains(
+            logits.to(torch.float32).contiguous(),
+            [row.sampling for row in chosen],
+            [row.proposal for row in chosen],
+            [starts[index] for index in quick],
+            draw_uniforms(num_uniforms, generator, logits.device),
+        )
+        outcomes.update(zip(quick, found_quick, strict=True))
+    if others:
+        part = _select(logits, _lines(rows, starts, others))
+        found_others = _verify_in_torch(part, [rows[index] for index in others], generator, block=block)
+        outcomes.update(zip(others, found_others, strict=True))
+    verdicts = _verdicts(rows, outcomes)
+    if any(row.sampling.num_logprobs is not None for row in rows):
+        return _with_logprobs(logits, rows, starts, verdicts)
+    return verdicts
+
+
+def _verify_in_torch(
+    logits: Tensor, rows: Sequence[VerificationRow], generator: torch.Generator, *, block: bool
+) -> list[tuple[list[int], int]]:
+    """Accepted nodes and the next token of each row, of any kind; ``logits`` are those of these rows alone."""
+    *starts, _ = accumulate((1 + _num_nodes(row) for row in rows), initial=0)
     processed = _process(logits, rows)
     sampled = [index for index, row in enumerate(rows) if row.sampling.is_sampled]
     walked = [index for index, row in enumerate(rows) if not row.sampling.is_sampled]
@@ -108,11 +138,7 @@ def verify(
         part = _select(processed, _lines(rows, starts, sampled))
         proposals = [rows[index].proposal for index in sampled]
         outcomes.update(zip(sampled, verify_sampled(part, proposals, generator, block=block), strict=True))
-
-    verdicts = _verdicts(rows, outcomes)
-    if any(row.sampling.num_logprobs is not None for row in rows):
-        return _with_logprobs(logits, rows, starts, verdicts)
-    return verdicts
+    return [outcomes[index] for index in range(len(rows))]
 
 
 def _verdicts(rows: Sequence[VerificationRow], outcomes: dict[int, tuple[list[int], int]]) -> list[Verdict]:

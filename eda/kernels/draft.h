@@ -4,6 +4,7 @@
 #pragma once
 
 #include "layer.h"
+#include "sampling.h"
 
 namespace {
 
@@ -21,7 +22,8 @@ struct DraftRow {
   int32_t length, num_steps;
   int32_t first_token, num_tokens;  // its part of the extension
   float min_probability;            // a chain ends behind a token that makes its joint probability fall below this
-  float temperature;                // 0 takes the likeliest token, else tokens are drawn
+  int32_t unused;
+  Sampling sampling;                // at temperature 0 the likeliest token is taken
   const Packed* head;
   const bf16* embedding;  // [vocabulary, hidden]
   const LoraLayer* lora;  // low-rank corrections of attention
@@ -133,45 +135,16 @@ void best_columns(const float* logits, int num_columns, int count, int* columns,
   for (int i = 0; i < count; ++i) scores[i] -= log_total;
 }
 
-// Draws from the softmax of `logits / temperature`, whose probabilities are written to `probabilities`, by inverting the
-// cumulative sum at `uniform` from [0, 1). Returns the column.
-int draw_column(const float* logits, int num_columns, float temperature, double uniform, float* probabilities) {
-  const float top = logits[likeliest(logits, num_columns)], inverse = 1.0f / temperature;
-  __m512 total = _mm512_setzero_ps();
+// Draws a column by `uniform` from [0, 1); the distribution is written to `probabilities`.
+int draw_column(const float* logits, int num_columns, const Sampling& sampling, double uniform, float* probabilities) {
+  const __m512 scale = _mm512_set1_ps(float(1.0 / weigh(logits, num_columns, sampling, probabilities)));
   for (int first = 0; first < num_columns; first += 16) {
-    const __mmask16 live = __mmask16((1u << std::min(16, num_columns - first)) - 1);
-    const __m512 part = _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), live, logits + first);
-    const __m512 weight = exp_ps(_mm512_mul_ps(_mm512_sub_ps(part, _mm512_set1_ps(top)), _mm512_set1_ps(inverse)));
-    _mm512_mask_storeu_ps(probabilities + first, live, weight);
-    total = _mm512_add_ps(total, weight);
+    const __mmask16 live = lanes(num_columns - first);
+    const __m512 part = _mm512_maskz_loadu_ps(live, probabilities + first);
+    _mm512_mask_storeu_ps(probabilities + first, live, _mm512_mul_ps(part, scale));
   }
-  const __m512 scale = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
-  double sum = 0.0;
-  for (int first = 0; first < num_columns; first += 16) {
-    const __mmask16 live = __mmask16((1u << std::min(16, num_columns - first)) - 1);
-    const __m512 part = _mm512_mul_ps(_mm512_maskz_loadu_ps(live, probabilities + first), scale);
-    _mm512_mask_storeu_ps(probabilities + first, live, part);
-    sum += _mm512_reduce_add_ps(part);
-  }
-  double reached = 0.0;
-  const double wanted = uniform * sum;
-  int last = 0;  // the last column with any mass, in case rounding never reaches what is wanted
-  for (int first = 0; first < num_columns; first += 16) {
-    const __mmask16 live = __mmask16((1u << std::min(16, num_columns - first)) - 1);
-    const float block = _mm512_reduce_add_ps(_mm512_maskz_loadu_ps(live, probabilities + first));
-    if (reached + block <= wanted) {
-      if (block > 0) last = first;
-      reached += block;
-      continue;
-    }
-    for (int column = first; column < std::min(first + 16, num_columns); ++column) {
-      reached += probabilities[column];
-      if (probabilities[column] > 0) last = column;
-      if (reached > wanted && probabilities[column] > 0) return column;
-    }
-  }
-  while (last + 1 < num_columns && !(probabilities[last] > 0)) ++last;
-  return last;
+  // What is drawn from is what was rounded.
+  return draw_by(probabilities, num_columns, sum_of(probabilities, num_columns), uniform);
 }
 
 // What one pass of draft steps needs, filled anew for each: tokens grouped by the row that they belong to.
@@ -240,10 +213,10 @@ void draft_chains(Pool& pool, const Draft& draft, const Shape& shape, const Toke
       int column;
       float score;
       const float* line = logits + int64_t(i) * draft.num_columns;
-      if (row.temperature > 0) {
+      if (row.sampling.temperature > 0) {
         const int64_t place = int64_t(b) * max_steps + num_out[b];
         float* own = probabilities + place * draft.num_columns;
-        column = draw_column(line, draft.num_columns, row.temperature, uniforms[place], own);
+        column = draw_column(line, draft.num_columns, row.sampling, uniforms[place], own);
         score = std::log(own[column]);
       } else {
         best_columns(line, draft.num_columns, 1, &column, &score);

@@ -16,7 +16,16 @@ from pathlib import Path
 
 import torch
 
-_SOURCES = ("pass.cpp", "draft.h", "layer.h", "attention.h", "matrix.h", "threads.h")
+_SOURCES = (
+    "pass.cpp",
+    "draft.h",
+    "verification.h",
+    "sampling.h",
+    "layer.h",
+    "attention.h",
+    "matrix.h",
+    "threads.h",
+)
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread")
 _SWITCH = "EDA_CPU_KERNELS"
 _logger = logging.getLogger(__name__)
@@ -142,6 +151,30 @@ class Draft(ctypes.Structure):
     )
 
 
+class Sampling(ctypes.Structure):
+    """How tokens are drawn; at temperature 0 the likeliest is taken."""
+
+    _fields_ = (
+        ("top_p", ctypes.c_double),
+        ("temperature", ctypes.c_float),
+        ("min_p", ctypes.c_float),
+        ("top_k", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
+    )
+
+
+class VerifiedRow(ctypes.Structure):
+    """A sequence whose chain is verified."""
+
+    _fields_ = (
+        ("sampling", Sampling),
+        ("draft_probs", ctypes.c_void_p),
+        ("draft_token_ids", ctypes.c_void_p),
+        ("token_ids", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("num_draft", "num_columns", "first_line", "first_uniform")),
+    )
+
+
 class DraftRow(ctypes.Structure):
     """A sequence that drafts."""
 
@@ -152,7 +185,8 @@ class DraftRow(ctypes.Structure):
         ("first_token", ctypes.c_int32),
         ("num_tokens", ctypes.c_int32),
         ("min_probability", ctypes.c_float),
-        ("temperature", ctypes.c_float),
+        ("unused", ctypes.c_int32),
+        ("sampling", Sampling),
         ("head", ctypes.c_void_p),
         ("embedding", ctypes.c_void_p),
         ("lora", ctypes.c_void_p),

@@ -1,11 +1,12 @@
-// Whole passes, as eda/kernels/target.py and draft.py call them. One runs at a time.
+// Whole passes and the verification, as the modules of this folder call them. One runs at a time.
 
 #include "draft.h"
 #include "layer.h"
+#include "verification.h"
 
 namespace {
 
-Buffer<float> head_scratch;
+Buffer<float> head_scratch, weight_scratch;
 
 }  // namespace
 
@@ -55,6 +56,24 @@ void eda_run_target(int num_threads, const Shape* shape, const Layer* layers, in
     pool.barrier();
     for (int i = mine.first; i < mine.end; ++i) best[i] = likeliest(logits + int64_t(i) * num_outputs, num_outputs);
   });
+}
+
+// Verifies the drawn chains of `rows` by `logits [lines, count]`: how many drafted tokens of each are accepted, and the
+// token that follows them. `uniforms` holds what the rows point to, `last_uniforms [num_rows]` the ones for these tokens.
+void eda_verify(int num_threads, const VerifiedRow* rows, int num_rows, const float* logits, int count,
+                const double* uniforms, const double* last_uniforms, int32_t* num_accepted, int64_t* tokens) {
+  std::lock_guard<std::mutex> lock(pool_lock());
+  const int threads = std::min(num_threads, num_rows);
+  const int64_t stride = (int64_t(count) + 15) & ~15;
+  float* weights = weight_scratch.of(stride * threads);
+  const auto work = [&](int rank) {
+    if (rank >= threads) return;
+    const Range mine = share(num_rows, rank, threads);
+    for (int b = mine.first; b < mine.end; ++b)
+      num_accepted[b] = verify_row(rows[b], logits, count, uniforms, last_uniforms[b], weights + rank * stride, tokens + b);
+  };
+  // A lone row takes a few microseconds, about what waking the others does.
+  if (threads == 1) work(0); else pool_of(num_threads).run(work);
 }
 
 // Float32 logits `out [rows, outputs]` of `hidden [rows, inputs]`.

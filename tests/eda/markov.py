@@ -107,6 +107,7 @@ def decode(
     seed: int = 0,
     block: bool = False,
     seeds: range | None = None,
+    in_kernel: bool = False,
 ) -> Decoding:
     """Decodes until each sequence has ``length`` tokens; tokens beyond that are not counted."""
     generator = torch.Generator().manual_seed(seed)
@@ -130,7 +131,7 @@ def decode(
             )
             before.append((prompt + outputs[index])[-1])
             before += proposal.token_ids if proposal else []
-        verdicts = verify(table[torch.tensor(before)], rows, generator, block=block)
+        verdicts = verify(table[torch.tensor(before)], rows, generator, block=block, in_kernel=in_kernel)
         num_passes += len(rows)
         for index, verdict in zip(active, verdicts, strict=True):
             outputs[index] += verdict.token_ids

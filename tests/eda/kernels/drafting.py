@@ -11,7 +11,7 @@ from torch import Tensor
 from eda.attention import AttentionRow, PackedBatch
 from eda.draft import DraftConfig, DraftModel
 from eda.kernels.draft import DraftHead, DraftKernel
-from eda.kernels.library import DraftRow
+from eda.kernels.library import DraftRow, Sampling
 from eda.kv_cache import Extent
 from eda.private import PrivateModule, PrivateSegment
 
@@ -102,7 +102,7 @@ class Rounds:
         row = DraftRow(
             part.extent.start, part.extent.length + part.count, part.num_steps, first_token, num_tokens
         )
-        row.min_probability, row.temperature = part.min_probability, part.temperature
+        row.min_probability, row.sampling = part.min_probability, Sampling(1.0, part.temperature)
         row.head, row.embedding = self.head.packed.pointer, self.head.embedding.data_ptr()
         if part.module is not None:
             private = self.kernel.private(part.module)

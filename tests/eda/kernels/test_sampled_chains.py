@@ -5,6 +5,8 @@ import torch
 from drafting import Part, Rounds, draft_config, packed
 from torch import Tensor
 
+from eda.kernels.library import Sampling
+
 pytestmark = pytest.mark.usefixtures("_needs_kernels")
 
 NUM_STEPS = 4
@@ -17,7 +19,7 @@ def drawn(
     features, tokens, batch = packed(parts)
     rows = [rounds.row(part, first_token=place, num_tokens=1) for place, part in enumerate(parts)]
     for row, temperature in zip(rows, temperatures, strict=True):
-        row.temperature = temperature
+        row.sampling = Sampling(1.0, temperature)
     hidden, chains, probabilities = rounds.kernel.extend(rows, features, tokens, batch, [], uniforms)
     assert probabilities is not None
     return hidden, chains, probabilities

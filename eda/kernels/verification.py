@@ -1,0 +1,77 @@
+"""Verification of drawn chains in C++: target softmax, acceptance and the draw of the next token in one call."""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from eda.kernels.library import Sampling, VerifiedRow, kernels
+from eda.kernels.parallel import num_threads
+from eda.kernels.tokens import as_pointer
+from eda.proposal import Proposal
+from eda.sampling_params import SamplingParams
+
+
+def sampling_of(params: SamplingParams) -> Sampling:
+    """The part of a request's settings that shapes its distribution. 0 is the temperature of greedy rows."""
+    temperature = 0.0 if params.is_greedy else params.temperature
+    # A top_k beyond 32 bits keeps every token.
+    return Sampling(params.top_p, temperature, params.min_p, params.top_k if params.top_k < 2**31 else 0)
+
+
+def can_verify(params: SamplingParams, proposal: Proposal | None) -> bool:
+    """Whether ``verify_chains`` covers a row: drawn from unedited logits, with a drawn chain or none."""
+    if not params.is_sampled or params.edits_logits:
+        return False
+    return proposal is None or not proposal.token_ids or proposal.draft_probs is not None
+
+
+def verify_chains(
+    logits: Tensor,
+    samplings: Sequence[SamplingParams],
+    proposals: Sequence[Proposal | None],
+    first_lines: Sequence[int],
+    uniforms: Tensor,
+) -> list[tuple[list[int], int]]:
+    """Accepted nodes and the token that follows them, for each of ``B`` rows that ``can_verify``.
+
+    Args:
+        logits: raw, float32 ``[N, V]``, contiguous.
+        first_lines: the line of each row's root; the lines of its nodes follow.
+        uniforms: float64 ``[n + B]`` in [0, 1): one for each drafted token of all rows in order, then one for the last
+            token of each row. The same numbers lead ``eda.rejection`` to the same tokens, but for rounding.
+    """
+    library = kernels()
+    assert library is not None
+    rows = (VerifiedRow * len(samplings))()
+    kept: list[object] = []  # what rows point to
+    num_drafted = 0
+    for row, params, proposal, line in zip(rows, samplings, proposals, first_lines, strict=True):
+        row.sampling, row.first_line, row.first_uniform = sampling_of(params), line, num_drafted
+        if proposal is None or proposal.draft_probs is None or not proposal.token_ids:
+            continue
+        row.num_draft, row.num_columns = proposal.draft_probs.shape
+        num_drafted += row.num_draft
+        tokens = (ctypes.c_int64 * row.num_draft)(*proposal.token_ids)
+        probabilities = proposal.draft_probs.to(torch.float32).contiguous()
+        kept += (tokens, probabilities)
+        row.token_ids, row.draft_probs = ctypes.addressof(tokens), probabilities.data_ptr()
+        if proposal.draft_token_ids is not None:
+            ids = proposal.draft_token_ids.contiguous()
+            kept.append(ids)
+            row.draft_token_ids = ids.data_ptr()
+    accepted = (ctypes.c_int32 * len(rows))()
+    found = (ctypes.c_int64 * len(rows))()
+    library.eda_verify(
+        num_threads(),
+        rows,
+        len(rows),
+        as_pointer(logits),
+        logits.shape[1],
+        as_pointer(uniforms),
+        ctypes.c_void_p(uniforms.data_ptr() + num_drafted * uniforms.itemsize),
+        accepted,
+        found,
+    )
+    return [(list(range(1, count + 1)), token) for count, token in zip(accepted, found, strict=True)]
