@@ -1,6 +1,7 @@
 """Where the time of one speculative step goes, for a lone sequence on the CPU, and what the machine could do at best.
 
     python -m benchmarks.profile_step --models models --model math
+    python -m benchmarks.profile_step --models models --model math --temperature 1
     EDA_CPU_KERNELS=0 python -m benchmarks.profile_step --models models --model math      # the same on torch alone
 
 Each part is a median over steps. The floor counts what a pass has to read (weights, keys and values) at the read
@@ -109,6 +110,8 @@ def main() -> None:
     parser.add_argument("--model", default="math", help="fine-tune")
     parser.add_argument("--length", type=int, default=5, help="draft tokens in a chain")
     parser.add_argument("--steps", type=int, default=150, help="steps that are measured")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy [0]")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus of sampled tokens [1: off]")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's choice)")
     arguments = parser.parse_args()
@@ -128,7 +131,8 @@ def main() -> None:
     )
     where = "C++ passes" if target.has_kernel and kernels() is not None else "torch"
     print(
-        f"{arguments.model}, {target.dtype}, {where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        f"{arguments.model}, {target.dtype}, {where}, {torch.get_num_threads()} threads, "
+        f"temperature {arguments.temperature:g}, top_p {arguments.top_p:g}, torch {torch.__version__}"
     )
 
     config = fine_tune.model.config
@@ -140,7 +144,7 @@ def main() -> None:
         ("plain", Speculation("none")),
         (f"chain of {arguments.length}", Speculation("chain", arguments.length)),
     ):
-        decoder = SpeculativeDecoder(target, draft, num_slots=2048)
+        decoder = SpeculativeDecoder(target, draft, num_slots=2048, seed=0)
         watch = Stopwatch()
         watch.wrap(decoder, "_propose", "draft (extension and chain)")
         watch.wrap(decoder, "_verify_pass", "target (pass and head)")
@@ -149,7 +153,7 @@ def main() -> None:
             list(prompt),
             len(prompt) + 1024,
             fine_tune,
-            SamplingParams(temperature=0.0),
+            SamplingParams(temperature=arguments.temperature, top_p=arguments.top_p),
             private=private,
             speculation=speculation,
         )
