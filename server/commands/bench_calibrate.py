@@ -12,7 +12,7 @@ from eda.errors import EdaError
 from server.calibration import CalibrationPlan, Measurement, best_levels, calibrate_decoder
 from server.commands.bench_serve import PROMPTS_DIRECTORY
 from server.commands.generate import LoadedModel, load_model, prompt_ids
-from server.engine.speculation import SpeculationTable
+from server.engine.speculation import DraftCosts, SpeculationTable
 from server.load import LoadError, read_prompts
 from server.settings import ConfigurationError, load_settings
 
@@ -41,6 +41,8 @@ def calibrate(
 ) -> None:
     """Measure tokens/s of plain decoding, chains and trees at each batch size, and write the best as a table.
 
+    Chains are measured greedy and at temperature 1, where fewer draft tokens are accepted.
+
     Drafting is left out at batch sizes where plain decoding is as fast.
     """
     try:
@@ -57,14 +59,16 @@ def calibrate(
         typer.echo("eda bench calibrate: there is no shared draft to measure", err=True)
         raise typer.Exit(2)
     plan = CalibrationPlan(tuple(sizes), max_tokens, max_length, repeats)
-    measurements, draft_cost = _measure(loaded, texts, plan)
-    table = SpeculationTable(best_levels(measurements), draft_cost)
+    measurements, costs = _measure(loaded, texts, plan)
+    table = SpeculationTable(best_levels(measurements), costs)
     table.save(output, [measurement.as_dict() for measurement in measurements])
     _show(measurements, table)
     typer.echo(f"written to {output}; use it with: eda serve --calibration {output}")
 
 
-def _measure(loaded: LoadedModel, texts: list[str], plan: CalibrationPlan) -> tuple[list[Measurement], float]:
+def _measure(
+    loaded: LoadedModel, texts: list[str], plan: CalibrationPlan
+) -> tuple[list[Measurement], DraftCosts]:
     prompts = [prompt_ids(loaded.tokenizer, text, loaded.tokenizer.has_chat_template) for text in texts]
     return calibrate_decoder(
         loaded.target, loaded.draft, loaded.fine_tune, loaded.private, prompts, plan, report=_progress
@@ -81,25 +85,39 @@ def _default_prompts(model: str) -> Path:
 
 
 def _show(measurements: list[Measurement], table: SpeculationTable) -> None:
-    plain = {m.batch_size: m.tokens_per_second for m in measurements if m.num_speculative_tokens == 0}
-    view = Table(title=f"chosen by batch size (a draft pass costs {table.draft_cost:.2f} of a target pass)")
-    for name in ("sequences up to", "draft", "tokens/s", "plain", "acceptance"):
+    costs = table.costs
+    view = Table(
+        title="chosen by batch size; fractions of a plain step: "
+        f"extension {costs.extension_cost:.2f}, draft pass {costs.draft_cost:.2f}, "
+        f"verified token {costs.verification_cost:.2f}"
+    )
+    for name in ("sequences up to", "temperature", "draft", "tokens/s", "plain", "acceptance"):
         view.add_column(name, justify="right")
     for level in table.levels:
-        best = next(
-            m
-            for m in measurements
-            if (m.batch_size, m.mode, m.num_speculative_tokens, m.min_probability)
-            == (level.max_batch_size, level.mode, level.num_speculative_tokens, level.min_probability)
-        )
-        name = f"{level.mode} {level.num_speculative_tokens}" if level.num_speculative_tokens else "none"
-        if level.min_probability:
-            name += f", to a probability of {level.min_probability:g}"
-        view.add_row(
-            str(level.max_batch_size),
-            name,
-            f"{best.tokens_per_second:.1f}",
-            f"{plain[level.max_batch_size]:.1f}",
-            f"{best.mean_acceptance_length:.2f}",
-        )
+        for temperature in sorted({m.temperature for m in measurements}):
+            here = [
+                m
+                for m in measurements
+                if (m.batch_size, m.temperature) == (level.max_batch_size, temperature)
+            ]
+            chosen = level.speculation(sampled=temperature > 0.0)
+            best = next(
+                m
+                for m in here
+                if (m.mode, m.num_speculative_tokens, m.min_probability)
+                == (chosen.mode, chosen.num_speculative_tokens, chosen.min_probability)
+            )
+            plain = next(m for m in here if m.num_speculative_tokens == 0)
+            length = chosen.num_speculative_tokens
+            name = f"{chosen.mode} {length}" if length else "none"
+            if chosen.min_probability:
+                name += f", to a probability of {chosen.min_probability:g}"
+            view.add_row(
+                str(level.max_batch_size),
+                f"{temperature:g}",
+                name,
+                f"{best.tokens_per_second:.1f}",
+                f"{plain.tokens_per_second:.1f}",
+                f"{best.mean_acceptance_length:.2f}",
+            )
     Console().print(view)

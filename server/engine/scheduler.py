@@ -106,7 +106,9 @@ class Scheduler:
         num_tokens = 0
         for sequence in decoding:
             state = sequence.state
-            state.speculation = self._policy.choose(sequence.labels, state.speculation)
+            state.speculation = self._policy.choose(
+                sequence.labels, state.speculation, sampled=not state.sampling.is_greedy
+            )
             rows.append((sequence, ScheduledRow(state, state.num_uncomputed)))
             num_tokens += state.num_uncomputed + _num_draft_tokens(state)
         budget = max(self._limits.max_tokens_per_step - num_tokens, self._limits.min_prefill_tokens)

@@ -38,6 +38,8 @@ class StepStats:
     num_draft_tokens: int
     num_accepted: int
     num_emitted: int
+    sampled: bool = False
+    """Whether the sequence has a temperature, with or without a seed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +172,11 @@ class Sequence:
         counts.num_emitted += len(result.token_ids)
         counts.num_draft_tokens += result.num_draft_tokens
         counts.num_accepted += result.num_accepted
-        mode = self.state.speculation.mode
         return StepStats(
-            self.labels, mode, result.num_draft_tokens, result.num_accepted, len(result.token_ids)
+            self.labels,
+            self.state.speculation.mode,
+            result.num_draft_tokens,
+            result.num_accepted,
+            len(result.token_ids),
+            sampled=not self.state.sampling.is_greedy,
         )

@@ -6,16 +6,17 @@ As the batch grows the pass becomes compute-bound and every rejected token costs
 
 import json
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from eda.speculative import Speculation
 from server.engine.sequence import SequenceLabels, StepStats
 
 ADAPTERS_TRACKED = 1024
-"""Label sets whose acceptance is remembered; the longest unused is forgotten first."""
+"""Label sets, greedy and sampled apart, whose acceptance is remembered; the longest unused is forgotten first."""
 
 
 class SpeculationTableError(ValueError):
@@ -34,8 +35,14 @@ class SpeculationLevel:
     tree_num_nodes: int = 16
     min_probability: float = 0.0
     """Joint draft probability below which a chain ends."""
+    sampled_chain: int | None = None
+    """Length of the chains of sequences with a temperature, which are accepted less often; ``None``: as all others."""
+    sampled_min_probability: float = 0.0
+    """Joint draft probability below which these chains end."""
 
-    def speculation(self) -> Speculation:
+    def speculation(self, *, sampled: bool = False) -> Speculation:
+        if sampled and self.sampled_chain is not None:
+            return Speculation("chain", self.sampled_chain, min_probability=self.sampled_min_probability)
         return Speculation(
             self.mode,
             self.num_speculative_tokens,
@@ -44,16 +51,69 @@ class SpeculationLevel:
             self.min_probability,
         )
 
+    def check(self) -> None:
+        """Raises ``SpeculationTableError`` for values that make no sense."""
+        if self.mode not in ("chain", "tree"):
+            raise SpeculationTableError(f'mode is {self.mode!r}; it must be "chain" or "tree"')
+        for name in ("num_speculative_tokens", "sampled_chain"):
+            length = getattr(self, name)
+            if length is not None and not 0 <= length <= 64:
+                raise SpeculationTableError(f"{name} is {length}; it must be from 0 to 64")
+        for name in ("min_probability", "sampled_min_probability"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise SpeculationTableError(f"{name} is {getattr(self, name)}; it must be from 0 to below 1")
+
+
+@dataclass(frozen=True, slots=True)
+class DraftCosts:
+    """What a draft adds to a step, as fractions of a plain step of one sequence.
+
+    Attributes:
+        draft_cost: one pass of the draft over its own outputs.
+        verification_cost: one more token in the target's pass.
+        extension_cost: the pass that begins a draft, over the features of the accepted tokens, with all that drafting
+            at all takes. It gives the first token of a chain.
+    """
+
+    draft_cost: float = 0.15
+    verification_cost: float = 0.0
+    extension_cost: float = 0.15
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not 0.0 <= value <= 10.0:
+                raise SpeculationTableError(f"{field.name} is {value}; it must be from 0 to 10")
+
+    @classmethod
+    def of_json(cls, document: Mapping[str, Any]) -> Self:
+        """Files of older versions have a ``draft_cost`` alone: all that a draft token costs, the first one too."""
+        draft = float(document["draft_cost"])
+        return cls(
+            draft,
+            float(document.get("verification_cost", 0.0)),
+            float(document.get("extension_cost", draft)),
+        )
+
+    def of(self, num_passes: int, num_tokens: int) -> float:
+        """Of ``num_passes`` passes of the draft, the extension included, and ``num_tokens`` tokens to verify."""
+        if not num_passes:
+            return 0.0
+        return self.extension_cost + self.draft_cost * (num_passes - 1) + self.verification_cost * num_tokens
+
+
+CPU_PASSES_COSTS = DraftCosts(draft_cost=0.05, verification_cost=0.09, extension_cost=0.2)
+"""Of the bundled family on the C++ passes, where reading weights takes most of a plain step."""
+TORCH_COSTS = DraftCosts(draft_cost=0.1, verification_cost=0.02, extension_cost=0.15)
+"""Of torch's passes, which consist of overhead: a verified token is nearly free."""
+
 
 @dataclass(frozen=True, slots=True)
 class SpeculationTable:
-    """Levels by batch size, smallest first; the last holds for every larger batch too.
-
-    ``draft_cost``: time of one draft pass as a fraction of one target pass.
-    """
+    """Levels by batch size, smallest first; the last holds for every larger batch too."""
 
     levels: tuple[SpeculationLevel, ...]
-    draft_cost: float = 0.15
+    costs: DraftCosts = TORCH_COSTS
 
     def __post_init__(self) -> None:
         sizes = [level.max_batch_size for level in self.levels]
@@ -62,18 +122,7 @@ class SpeculationTable:
                 f"max_batch_size must rise from level to level, from 1 on; got {sizes}"
             )
         for level in self.levels:
-            if level.mode not in ("chain", "tree"):
-                raise SpeculationTableError(f'mode is {level.mode!r}; it must be "chain" or "tree"')
-            if not 0 <= level.num_speculative_tokens <= 64:
-                raise SpeculationTableError(
-                    f"num_speculative_tokens is {level.num_speculative_tokens}; it must be from 0 to 64"
-                )
-            if not 0.0 <= level.min_probability < 1.0:
-                raise SpeculationTableError(
-                    f"min_probability is {level.min_probability}; it must be from 0 to below 1"
-                )
-        if not 0.0 <= self.draft_cost <= 10.0:
-            raise SpeculationTableError(f"draft_cost is {self.draft_cost}; it must be from 0 to 10")
+            level.check()
 
     @classmethod
     def default(cls, *, cpu_passes: bool = False) -> Self:
@@ -81,16 +130,31 @@ class SpeculationTable:
 
         ``cpu_passes``: the target runs on the C++ passes. A draft step costs little there, but every further token
         makes the target's pass longer: so chains that end where the draft is unsure, and none from four sequences on,
-        where they were measured to lose (docs/performance.md).
+        where they were measured to lose (docs/performance.md). At a temperature about half of the draft's tokens are
+        accepted, sure or not, so that chains are shorter and how probable a drawn token was says little.
         """
         if cpu_passes:
             return cls(
                 (
-                    SpeculationLevel(1, "chain", 6, min_probability=0.2),
-                    SpeculationLevel(2, "chain", 4, min_probability=0.4),
+                    SpeculationLevel(
+                        1,
+                        "chain",
+                        6,
+                        min_probability=0.2,
+                        sampled_chain=3,
+                        sampled_min_probability=0.05,
+                    ),
+                    SpeculationLevel(
+                        2,
+                        "chain",
+                        4,
+                        min_probability=0.4,
+                        sampled_chain=2,
+                        sampled_min_probability=0.1,
+                    ),
                     SpeculationLevel(64, "chain", 0),
                 ),
-                draft_cost=0.08,
+                CPU_PASSES_COSTS,
             )
         return cls(
             (
@@ -104,11 +168,14 @@ class SpeculationTable:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Reads what ``eda bench calibrate`` wrote. Raises ``SpeculationTableError``."""
+        """Reads what ``eda bench calibrate`` wrote, also before it knew all of the costs.
+
+        Raises ``SpeculationTableError``.
+        """
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             levels = tuple(SpeculationLevel(**level) for level in document["levels"])
-            return cls(levels, float(document["draft_cost"]))
+            return cls(levels, DraftCosts.of_json(document))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SpeculationTableError(f"{path} is not a calibration file: {error}") from error
 
@@ -116,25 +183,24 @@ class SpeculationTable:
         """Writes the table; ``measurements`` are kept beside it for readers, and ignored by ``load``."""
         document = {
             "levels": [asdict(level) for level in self.levels],
-            "draft_cost": self.draft_cost,
+            **asdict(self.costs),
             "measurements": measurements or [],
         }
         path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-def best_chain_length(acceptance: float, draft_cost: float, longest: int) -> int:
+def best_chain_length(acceptance: float, costs: DraftCosts, longest: int) -> int:
     """The chain length from 0 to ``longest`` with the most tokens for the time.
 
     Args:
         acceptance: probability that a draft token is accepted when those before it were.
-        draft_cost: time of a draft pass as a fraction of a target pass.
     """
     best, best_rate = 0, 1.0
     expected, reach = 1.0, 1.0
     for length in range(1, longest + 1):
         reach *= acceptance
         expected += reach
-        rate = expected / (1.0 + draft_cost * length)
+        rate = expected / (1.0 + costs.of(length, length))
         if rate > best_rate:
             best, best_rate = length, rate
     return best
@@ -156,7 +222,7 @@ class RunningMean:
 
 
 class _Measured:
-    """What is known about the drafts of one set of labels."""
+    """What is known about the drafts of one set of labels, of greedy or of sampled sequences."""
 
     __slots__ = ("accepted_per_tree", "chain_acceptance", "num_avoided")
 
@@ -174,7 +240,8 @@ class SpeculationPolicy:
 
     Once an adapter has ``warm_up`` measured steps, its drafts are no longer than its own acceptance makes worthwhile:
     a tree that does not pay becomes a chain, a chain gets shorter or is left out. What is avoided is still tried every
-    ``probe_every`` steps, or an adapter that got better could not be noticed.
+    ``probe_every`` steps, or an adapter that got better could not be noticed. Sequences with a temperature are accepted
+    less often than greedy ones, so each adapter is measured for both.
     """
 
     def __init__(
@@ -193,7 +260,7 @@ class SpeculationPolicy:
         self._probe_every = probe_every
         self._level = 0
         self._steps_against = 0
-        self._measured: OrderedDict[SequenceLabels, _Measured] = OrderedDict()
+        self._measured: OrderedDict[tuple[SequenceLabels, bool], _Measured] = OrderedDict()
 
     @property
     def level(self) -> SpeculationLevel:
@@ -202,7 +269,10 @@ class SpeculationPolicy:
     @property
     def largest(self) -> Speculation:
         """The speculation that takes the most cache slots of all levels: what a sequence must be admitted with."""
-        return max((level.speculation() for level in self._table.levels), key=lambda item: item.slots)
+        return max(
+            (level.speculation(sampled=sampled) for level in self._table.levels for sampled in (False, True)),
+            key=lambda item: item.slots,
+        )
 
     def observe_batch(self, batch_size: int) -> None:
         """Called once a step with the number of decoding sequences."""
@@ -220,8 +290,9 @@ class SpeculationPolicy:
         """Called for every decoded row; keeps running means of what is accepted."""
         if stats.num_draft_tokens == 0:
             return
-        measured = self._measured.pop(stats.labels, None) or _Measured(self._smoothing)
-        self._measured[stats.labels] = measured
+        key = stats.labels, stats.sampled
+        measured = self._measured.pop(key, None) or _Measured(self._smoothing)
+        self._measured[key] = measured
         if len(self._measured) > ADAPTERS_TRACKED:
             self._measured.popitem(last=False)
         if stats.mode == "tree":
@@ -231,12 +302,15 @@ class SpeculationPolicy:
             tried = min(stats.num_accepted + 1, stats.num_draft_tokens)
             measured.chain_acceptance.add(stats.num_accepted / tried)
 
-    def choose(self, labels: SequenceLabels, current: Speculation) -> Speculation:
-        """The speculation for a sequence's next step. A sequence admitted without drafting stays so."""
+    def choose(self, labels: SequenceLabels, current: Speculation, *, sampled: bool) -> Speculation:
+        """The speculation for a sequence's next step. A sequence admitted without drafting stays so.
+
+        ``sampled``: it has a temperature, with or without a seed.
+        """
         if current.mode == "none":
             return current
-        wanted = self.level.speculation()
-        measured = self._measured.get(labels)
+        wanted = self.level.speculation(sampled=sampled)
+        measured = self._measured.get((labels, sampled))
         if measured is None or wanted.num_speculative_tokens == 0:
             return wanted
         best = self._worthwhile(measured, wanted)
@@ -247,15 +321,16 @@ class SpeculationPolicy:
 
     def _worthwhile(self, measured: _Measured, wanted: Speculation) -> Speculation:
         """``wanted``, or what an adapter with this acceptance does better with."""
-        cost = self._table.draft_cost
+        costs = self._table.costs
         if wanted.mode == "tree":
             trees = measured.accepted_per_tree
-            if trees.count < self._warm_up or trees.value > cost * wanted.num_speculative_tokens:
+            cost = costs.of(wanted.num_speculative_tokens, wanted.tree_num_nodes)
+            if trees.count < self._warm_up or trees.value > cost:
                 return wanted
         chains = measured.chain_acceptance
         length = wanted.num_speculative_tokens
         if chains.count >= self._warm_up:
-            length = best_chain_length(chains.value, cost, length)
+            length = best_chain_length(chains.value, costs, length)
         return replace(wanted, mode="chain", num_speculative_tokens=length)
 
     def _wanted(self, batch_size: int) -> int:

@@ -16,7 +16,7 @@ from eda.target import FineTune
 from server.app import create_app
 from server.engine.async_engine import AsyncEngine
 from server.engine.scheduler import SchedulerLimits
-from server.engine.speculation import SpeculationLevel, SpeculationPolicy, SpeculationTable
+from server.engine.speculation import DraftCosts, SpeculationLevel, SpeculationPolicy, SpeculationTable
 from server.services import Runtime, Services
 from server.settings import Settings
 from tests.server.family import MAX_LENGTH, Family
@@ -29,7 +29,7 @@ TABLE = SpeculationTable(
         SpeculationLevel(24, "chain", 0),
     ),
     # Free drafts always pay: whether a test drafts must not depend on what earlier tests had accepted.
-    draft_cost=0.0,
+    DraftCosts(0.0, 0.0, 0.0),
 )
 
 

@@ -13,10 +13,10 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from server.calibration import Measurement, best_levels, draft_cost
+from server.calibration import Measurement, best_levels, draft_costs
 from server.cli import app
 from server.commands.bench_serve import with_ratios
-from server.engine.speculation import SpeculationLevel, SpeculationTable
+from server.engine.speculation import DraftCosts, SpeculationLevel, SpeculationTable
 from server.load import ClientView, LoadResult, read_prompts
 from tests.server.oracle import Oracle
 
@@ -164,7 +164,30 @@ def test_calibration_takes_the_fastest_and_plain_decoding_when_nothing_is_clearl
     ]
     assert best_levels(measurements) == (SpeculationLevel(1, "tree", 3), SpeculationLevel(8, "chain", 0))
     # A step with two draft passes emits 2.4 tokens in 12 ms; a plain one takes 10 ms.
-    assert draft_cost(measurements) == pytest.approx(0.1)
+    assert draft_costs(measurements, verified=0.04) == DraftCosts(0.06, 0.04, 0.06)
+
+
+def test_calibration_tells_what_drafting_at_all_takes_from_what_each_token_takes() -> None:
+    """Steps of 10 ms, and with ``k`` draft tokens of 12 + 2 k ms."""
+    measurements = [Measurement(1, "chain", 0, 100.0, 1.0)]
+    measurements += [
+        Measurement(1, "chain", k, 1e3 * (1 + k / 2) / (12 + 2 * k), 1 + k / 2) for k in (1, 2, 4)
+    ]
+    measurements.append(Measurement(1, "chain", 4, 1.0, 1.0, min_probability=0.1))
+    measurements.append(Measurement(1, "chain", 4, 1.0, 1.0, temperature=1.0))
+    assert draft_costs(measurements, verified=0.15) == DraftCosts(0.05, 0.15, 0.25)
+
+
+def test_calibration_chooses_for_sampled_sequences_apart() -> None:
+    measurements = [
+        Measurement(1, "chain", 0, 100.0, 1.0),
+        Measurement(1, "chain", 5, 200.0, 3.0),
+        Measurement(1, "chain", 0, 90.0, 1.0, temperature=1.0),
+        Measurement(1, "chain", 2, 99.0, 1.8, 0.1, temperature=1.0),
+        Measurement(1, "chain", 5, 80.0, 2.0, temperature=1.0),
+    ]
+    [level] = best_levels(measurements)
+    assert level == SpeculationLevel(1, "chain", 5, sampled_chain=2, sampled_min_probability=0.1)
 
 
 @pytest.mark.slow
@@ -191,9 +214,13 @@ def test_calibrate_writes_a_table_that_the_server_takes(models: list[str], tmp_p
     table = SpeculationTable.load(output)
     assert [level.max_batch_size for level in table.levels] == [1, 4]
     measured = json.loads(output.read_text(encoding="utf-8"))["measurements"]
-    assert {(m["batch_size"], m["mode"], m["num_speculative_tokens"]) for m in measured} == {
-        (batch_size, "chain", length) for batch_size in (1, 4) for length in (0, 1, 2)
+    assert {(m["batch_size"], m["temperature"], m["num_speculative_tokens"]) for m in measured} == {
+        (batch_size, temperature, length)
+        for batch_size in (1, 4)
+        for temperature in (0.0, 1.0)
+        for length in (0, 1, 2)
     }
+    assert table.costs.verification_cost < 1.0
 
 
 class Process:

@@ -1,5 +1,6 @@
 """Drafts follow the load without flapping, and an adapter's own acceptance."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from eda.speculative import Speculation
 from server.engine.sequence import SequenceLabels, StepStats
 from server.engine.speculation import (
+    CPU_PASSES_COSTS,
+    DraftCosts,
     SpeculationLevel,
     SpeculationPolicy,
     SpeculationTable,
@@ -17,7 +20,8 @@ from server.engine.speculation import (
 LABELS = SequenceLabels("math", "private", "math", 1)
 OTHER = SequenceLabels("code", "private", "code", 1)
 TABLE = SpeculationTable(
-    (SpeculationLevel(1, "tree", 5), SpeculationLevel(8, "chain", 4), SpeculationLevel(16, "chain", 0)), 0.1
+    (SpeculationLevel(1, "tree", 5), SpeculationLevel(8, "chain", 4), SpeculationLevel(16, "chain", 0)),
+    DraftCosts(0.1, 0.0, 0.1),
 )
 START = Speculation("chain", 5)
 
@@ -37,7 +41,7 @@ def stats(accepted: int, drafted: int = 4, mode: str = "chain", labels: Sequence
     [(1, "tree", 5), (2, "chain", 4), (8, "chain", 4), (9, "chain", 0), (99, "chain", 0)],
 )
 def test_levels_follow_the_batch(size: int, mode: str, length: int) -> None:
-    chosen = at_batch(size).choose(LABELS, START)
+    chosen = at_batch(size).choose(LABELS, START, sampled=False)
     assert (chosen.mode, chosen.num_speculative_tokens) == (mode, length)
 
 
@@ -63,7 +67,7 @@ def test_an_idle_step_changes_nothing() -> None:
 
 def test_a_sequence_without_drafting_stays_so() -> None:
     plain = Speculation("none", 0)
-    assert at_batch(1).choose(LABELS, plain) == plain
+    assert at_batch(1).choose(LABELS, plain, sampled=False) == plain
 
 
 def test_chains_shorten_for_the_adapter_that_is_rejected_and_for_no_other() -> None:
@@ -71,24 +75,51 @@ def test_chains_shorten_for_the_adapter_that_is_rejected_and_for_no_other() -> N
     for _ in range(50):
         policy.observe_step(stats(accepted=0 if _ % 2 else 1))
         policy.observe_step(stats(accepted=4, labels=OTHER))
-    assert policy.choose(LABELS, START).num_speculative_tokens < 4
-    assert policy.choose(OTHER, START).num_speculative_tokens == 4
+    assert policy.choose(LABELS, START, sampled=False).num_speculative_tokens < 4
+    assert policy.choose(OTHER, START, sampled=False).num_speculative_tokens == 4
 
 
 def test_a_useless_draft_is_left_out_but_probed() -> None:
     policy = at_batch(4, warm_up=10, probe_every=5)
     for _ in range(20):
         policy.observe_step(stats(accepted=0))
-    chosen = [policy.choose(LABELS, START).num_speculative_tokens for _ in range(10)]
+    chosen = [policy.choose(LABELS, START, sampled=False).num_speculative_tokens for _ in range(10)]
     assert chosen == [0, 0, 0, 0, 4, 0, 0, 0, 0, 4]
+
+
+def test_greedy_and_sampled_sequences_of_an_adapter_are_measured_apart() -> None:
+    policy = at_batch(4, warm_up=10)
+    for _ in range(50):
+        policy.observe_step(stats(accepted=4))
+        policy.observe_step(replace(stats(accepted=0), sampled=True))
+    assert policy.choose(LABELS, START, sampled=False).num_speculative_tokens == 4
+    assert policy.choose(LABELS, START, sampled=True).num_speculative_tokens == 0
+
+
+def test_a_level_may_draft_otherwise_for_sampled_sequences() -> None:
+    level = SpeculationLevel(4, "tree", 5, min_probability=0.1, sampled_chain=2, sampled_min_probability=0.3)
+    policy = SpeculationPolicy(SpeculationTable((level,)))
+    assert policy.choose(LABELS, START, sampled=True) == Speculation("chain", 2, min_probability=0.3)
+    assert policy.choose(LABELS, START, sampled=False) == Speculation("tree", 5, min_probability=0.1)
+    long = SpeculationLevel(4, "chain", 2, sampled_chain=7)
+    assert SpeculationPolicy(SpeculationTable((long,))).largest == Speculation("chain", 7)
+
+
+def test_a_tree_pays_for_its_nodes_too() -> None:
+    costs = DraftCosts(0.05, 0.1, 0.2)  # five passes and sixteen nodes: 2.0
+    policy = SpeculationPolicy(SpeculationTable((SpeculationLevel(1, "tree", 5),), costs), warm_up=4)
+    for accepted, expected in ((3, "tree"), (1, "chain")):
+        for _ in range(200):
+            policy.observe_step(stats(accepted, drafted=16, mode="tree"))
+        assert policy.choose(LABELS, START, sampled=False).mode == expected
 
 
 def test_a_tree_that_does_not_pay_becomes_a_chain() -> None:
     policy = at_batch(1, warm_up=10)
-    assert policy.choose(LABELS, START).mode == "tree"
+    assert policy.choose(LABELS, START, sampled=False).mode == "tree"
     for _ in range(20):
         policy.observe_step(stats(accepted=0, drafted=16, mode="tree"))
-    assert policy.choose(LABELS, START).mode == "chain"
+    assert policy.choose(LABELS, START, sampled=False).mode == "chain"
 
 
 def test_an_adapter_that_got_better_is_noticed() -> None:
@@ -97,7 +128,7 @@ def test_an_adapter_that_got_better_is_noticed() -> None:
         policy.observe_step(stats(accepted=0))
     for _ in range(200):
         policy.observe_step(stats(accepted=4))
-    assert policy.choose(LABELS, START).num_speculative_tokens == 4
+    assert policy.choose(LABELS, START, sampled=False).num_speculative_tokens == 4
 
 
 @pytest.mark.parametrize(
@@ -105,7 +136,21 @@ def test_an_adapter_that_got_better_is_noticed() -> None:
     [(0.0, 0.1, 0), (0.05, 0.1, 0), (0.5, 0.1, 2), (1.0, 0.1, 6), (0.9, 2.0, 0)],
 )
 def test_best_chain_length(acceptance: float, cost: float, expected: int) -> None:
-    assert best_chain_length(acceptance, cost, 6) == expected
+    assert best_chain_length(acceptance, DraftCosts(cost, 0.0, cost), 6) == expected
+
+
+@pytest.mark.parametrize(
+    ("costs", "expected"),
+    [
+        (DraftCosts(0.05, 0.0, 0.05), 3),
+        (DraftCosts(0.05, 0.1, 0.05), 2),  # verified tokens count as drafted ones do
+        (DraftCosts(0.15, 0.0, 0.15), 2),
+        (DraftCosts(0.05, 0.1, 0.25), 2),
+        (DraftCosts(0.05, 0.1, 0.5), 0),  # what drafting at all takes is never earned back
+    ],
+)
+def test_best_chain_length_counts_all_costs(costs: DraftCosts, expected: int) -> None:
+    assert best_chain_length(0.5, costs, 6) == expected
 
 
 def test_the_largest_speculation_has_the_most_slots() -> None:
@@ -115,6 +160,25 @@ def test_the_largest_speculation_has_the_most_slots() -> None:
 def test_a_table_survives_its_file(tmp_path: Path) -> None:
     TABLE.save(tmp_path / "table.json", [{"batch_size": 1}])
     assert SpeculationTable.load(tmp_path / "table.json") == TABLE
+
+
+def test_a_file_from_before_the_other_costs_counts_as_it_did(tmp_path: Path) -> None:
+    """Its ``draft_cost`` was that of a whole draft token, verification included."""
+    path = tmp_path / "table.json"
+    path.write_text(
+        '{"levels": [{"max_batch_size": 2, "mode": "chain", "num_speculative_tokens": 3}], "draft_cost": 0.3}'
+    )
+    table = SpeculationTable.load(path)
+    assert table.costs == DraftCosts(0.3, 0.0, 0.3)
+    assert table.levels[0].speculation(sampled=True) == Speculation("chain", 3)
+
+
+def test_built_in_tables_draft_less_at_a_temperature() -> None:
+    table = SpeculationTable.default(cpu_passes=True)
+    assert table.costs == CPU_PASSES_COSTS
+    for level in table.levels:
+        greedy, sampled = level.speculation(), level.speculation(sampled=True)
+        assert sampled.num_speculative_tokens <= greedy.num_speculative_tokens
 
 
 @pytest.mark.parametrize(
@@ -134,8 +198,16 @@ def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
         (SpeculationLevel(0, "chain", 1),),
         (SpeculationLevel(4, "chain", 1), SpeculationLevel(4, "chain", 0)),
         (SpeculationLevel(4, "chain", -1),),
+        (SpeculationLevel(4, "chain", 1, sampled_chain=65),),
+        (SpeculationLevel(4, "chain", 1, sampled_min_probability=1.0),),
     ],
 )
 def test_levels_that_make_no_sense_are_refused(levels: tuple[SpeculationLevel, ...]) -> None:
     with pytest.raises(SpeculationTableError):
         SpeculationTable(levels)
+
+
+@pytest.mark.parametrize("costs", [(-0.1, 0.0, 0.0), (0.0, 11.0, 0.0), (0.0, 0.0, float("nan"))])
+def test_costs_that_make_no_sense_are_refused(costs: tuple[float, float, float]) -> None:
+    with pytest.raises(SpeculationTableError):
+        DraftCosts(*costs)
