@@ -46,7 +46,12 @@ class Contender:
     """One way of decoding, with a policy of its own that keeps what it learns from prompt to prompt."""
 
     def __init__(
-        self, decoder: SpeculativeDecoder, family: Family, domain: str, kind: DraftMode, table: SpeculationTable
+        self,
+        decoder: SpeculativeDecoder,
+        family: Family,
+        domain: str,
+        kind: DraftMode,
+        table: SpeculationTable,
     ) -> None:
         self._decoder = decoder
         self._fine_tune = family.fine_tunes[domain]
@@ -56,7 +61,12 @@ class Contender:
         self._start = Speculation("none", 0) if kind == "none" else self._policy.largest
 
     def run(
-        self, prompt: Sequence[int], sampling: SamplingParams, max_tokens: int, ends: frozenset[int], totals: Totals
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        max_tokens: int,
+        ends: frozenset[int],
+        totals: Totals,
     ) -> None:
         """Completes one prompt up to its end token."""
         wall, cpu = time.perf_counter(), time.process_time()
@@ -134,7 +144,9 @@ def main() -> None:
     decoder = SpeculativeDecoder(target, family.draft, num_slots=2048, seed=0)
     where = "C++ passes" if target.has_kernel else "torch"
     print(f"{target.dtype}, {where}, {torch.get_num_threads()} threads, {arguments.num_prompts} prompts")
-    print("| model | temperature | draft | drafted | tokens a step | tokens/s | / plain | / plain, CPU time |")
+    print(
+        "| model | temperature | draft | drafted | tokens a step | tokens/s | / plain | / plain, CPU time |"
+    )
     print("|---|---:|---|---:|---:|---:|---:|---:|")
     for domain in domains:
         prompts = [
@@ -146,7 +158,7 @@ def main() -> None:
         for temperature in map(float, arguments.temperatures.split(",")):
             sampling = SamplingParams(temperature=temperature, top_p=arguments.top_p)
             totals = {kind: Totals() for kind in KINDS}
-            for kind, contender in contenders.items():  # what runs first pays for warming up
+            for contender in contenders.values():  # what runs first pays for warming up
                 contender.run(prompts[0], sampling, 16, chat.eos_ids, Totals())
             for place, prompt in enumerate(prompts):
                 for turn in range(len(KINDS)):

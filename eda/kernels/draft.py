@@ -127,13 +127,10 @@ class DraftKernel:
         longest = max(row.num_steps for row in rows)
         cos_table, sin_table = self._angles(max(row.length for row in rows) + longest)
         cos, sin = cos_table[batch.positions], sin_table[batch.positions]
-        tokens = TokenArrays(batch, cos, sin, self._cache, self._private_weights(segments))
+        layer_weights, fusion_weights = self._private_weights(segments)
+        tokens = TokenArrays(batch, cos, sin, self._cache, layer_weights)
         fused = TokenArrays(
-            PackedBatch(batch.positions, batch.slots, []),
-            cos,
-            sin,
-            self._cache,
-            self._fusion_weights(segments),
+            PackedBatch(batch.positions, batch.slots, []), cos, sin, self._cache, fusion_weights
         )
         features = features.to(torch.bfloat16).contiguous()
         hidden = torch.empty(len(rows), self._draft.config.hidden_size)
@@ -165,11 +162,16 @@ class DraftKernel:
         chains = [out[row * longest : row * longest + count] for row, count in enumerate(counts)]
         return hidden, chains, probabilities
 
-    def _private_weights(self, segments: Sequence[PrivateSegment]) -> list[SegmentWeights]:
-        special = []
+    def _private_weights(
+        self, segments: Sequence[PrivateSegment]
+    ) -> tuple[list[SegmentWeights], list[SegmentWeights]]:
+        """Those of the layer, and those of the fusion of features before it."""
+        layer, fusion = [], []
         for part in segments:
             packed = self.private(part.module)
-            special.append(
+            if packed.fusion:
+                fusion.append(SegmentWeights(part.start, part.end, lora=packed.fusion))
+            layer.append(
                 SegmentWeights(
                     part.start,
                     part.end,
@@ -178,21 +180,14 @@ class DraftKernel:
                     private_down=packed.down,
                 )
             )
-        return special
-
-    def _fusion_weights(self, segments: Sequence[PrivateSegment]) -> list[SegmentWeights]:
-        return [
-            SegmentWeights(part.start, part.end, lora=packed.fusion)
-            for part in segments
-            if (packed := self.private(part.module)).fusion
-        ]
+        return layer, fusion
 
     def forward(
         self, hidden: Tensor, embeddings: Tensor, batch: PackedBatch, segments: Sequence[PrivateSegment]
     ) -> Tensor:
         """One pass: ``hidden`` and ``embeddings``, both ``[T, H]``, to float32 ``[T, H]``."""
         cos, sin = self._draft.rotary(batch.positions, None, torch.float32)
-        tokens = TokenArrays(batch, cos, sin, self._cache, self._private_weights(segments))
+        tokens = TokenArrays(batch, cos, sin, self._cache, self._private_weights(segments)[0])
         embeddings = embeddings.to(torch.bfloat16).contiguous()
         output = hidden.to(torch.float32, copy=True).contiguous()
         shape = self._shape(segments)
@@ -302,6 +297,8 @@ def _packed_low_rank(down: Tensor, up: Tensor) -> PackedLowRank:
 def _state_of(module: PrivateModule) -> tuple[int, ...]:
     """Changes whenever the weights do."""
     parts: list[int] = []
-    for parameter in module.parameters():
+    # Asked several times a step, which `parameters()` with its search for submodules is too slow for.
+    for parameter in module._parameters.values():
+        assert parameter is not None
         parts += [parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version]
     return tuple(parts)

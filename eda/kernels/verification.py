@@ -47,20 +47,27 @@ def verify_chains(
     rows = (VerifiedRow * len(samplings))()
     kept: list[object] = []  # what rows point to
     num_drafted = 0
-    for row, params, proposal, line in zip(rows, samplings, proposals, first_lines, strict=True):
-        row.sampling, row.first_line, row.first_uniform = sampling_of(params), line, num_drafted
+    for place, (params, proposal, line) in enumerate(zip(samplings, proposals, first_lines, strict=True)):
+        sampling = sampling_of(params)
         if proposal is None or proposal.draft_probs is None or not proposal.token_ids:
+            rows[place] = VerifiedRow(sampling, 0, 0, 0, 0, 0, line, num_drafted)
             continue
-        row.num_draft, row.num_columns = proposal.draft_probs.shape
-        num_drafted += row.num_draft
-        tokens = (ctypes.c_int64 * row.num_draft)(*proposal.token_ids)
+        num_draft, num_columns = proposal.draft_probs.shape
+        tokens = (ctypes.c_int64 * num_draft)(*proposal.token_ids)
         probabilities = proposal.draft_probs.to(torch.float32).contiguous()
-        kept += (tokens, probabilities)
-        row.token_ids, row.draft_probs = ctypes.addressof(tokens), probabilities.data_ptr()
-        if proposal.draft_token_ids is not None:
-            ids = proposal.draft_token_ids.contiguous()
-            kept.append(ids)
-            row.draft_token_ids = ids.data_ptr()
+        ids = None if proposal.draft_token_ids is None else proposal.draft_token_ids.contiguous()
+        kept.append((tokens, probabilities, ids))
+        rows[place] = VerifiedRow(
+            sampling,
+            probabilities.data_ptr(),
+            0 if ids is None else ids.data_ptr(),
+            ctypes.addressof(tokens),
+            num_draft,
+            num_columns,
+            line,
+            num_drafted,
+        )
+        num_drafted += num_draft
     accepted = (ctypes.c_int32 * len(rows))()
     found = (ctypes.c_int64 * len(rows))()
     library.eda_verify(
