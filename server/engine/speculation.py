@@ -102,7 +102,7 @@ class DraftCosts:
         return self.extension_cost + self.draft_cost * (num_passes - 1) + self.verification_cost * num_tokens
 
 
-CPU_PASSES_COSTS = DraftCosts(draft_cost=0.05, verification_cost=0.09, extension_cost=0.2)
+CPU_PASSES_COSTS = DraftCosts(draft_cost=0.05, verification_cost=0.07, extension_cost=0.22)
 """Of the bundled family on the C++ passes, where reading weights takes most of a plain step."""
 TORCH_COSTS = DraftCosts(draft_cost=0.1, verification_cost=0.02, extension_cost=0.15)
 """Of torch's passes, which consist of overhead: a verified token is nearly free."""
@@ -142,7 +142,7 @@ class SpeculationTable:
                         6,
                         min_probability=0.2,
                         sampled_chain=3,
-                        sampled_min_probability=0.05,
+                        sampled_min_probability=0.01,
                     ),
                     SpeculationLevel(
                         2,
@@ -150,7 +150,7 @@ class SpeculationTable:
                         4,
                         min_probability=0.4,
                         sampled_chain=2,
-                        sampled_min_probability=0.1,
+                        sampled_min_probability=0.05,
                     ),
                     SpeculationLevel(64, "chain", 0),
                 ),
@@ -250,7 +250,7 @@ class SpeculationPolicy:
         *,
         patience: int = 8,
         warm_up: int = 32,
-        smoothing: float = 0.03,
+        smoothing: float = 0.015,
         probe_every: int = 24,
     ) -> None:
         self._table = table
