@@ -224,10 +224,11 @@ class RunningMean:
 class _Measured:
     """What is known about the drafts of one set of labels, of greedy or of sampled sequences."""
 
-    __slots__ = ("accepted_per_tree", "chain_acceptance", "num_avoided")
+    __slots__ = ("accepted_per_chain", "accepted_per_tree", "num_avoided", "tried_per_chain")
 
     def __init__(self, smoothing: float) -> None:
-        self.chain_acceptance = RunningMean(smoothing)
+        self.accepted_per_chain = RunningMean(smoothing)
+        self.tried_per_chain = RunningMean(smoothing)
         self.accepted_per_tree = RunningMean(smoothing)
         self.num_avoided = 0
 
@@ -249,9 +250,9 @@ class SpeculationPolicy:
         table: SpeculationTable,
         *,
         patience: int = 8,
-        warm_up: int = 32,
+        warm_up: int = 64,
         smoothing: float = 0.015,
-        probe_every: int = 24,
+        probe_every: int = 16,
     ) -> None:
         self._table = table
         self._patience = patience
@@ -300,7 +301,8 @@ class SpeculationPolicy:
         else:
             # The first rejected token was tried too; those behind it were not.
             tried = min(stats.num_accepted + 1, stats.num_draft_tokens)
-            measured.chain_acceptance.add(stats.num_accepted / tried)
+            measured.accepted_per_chain.add(stats.num_accepted)
+            measured.tried_per_chain.add(tried)
 
     def choose(self, labels: SequenceLabels, current: Speculation, *, sampled: bool) -> Speculation:
         """The speculation for a sequence's next step. A sequence admitted without drafting stays so.
@@ -327,10 +329,11 @@ class SpeculationPolicy:
             cost = costs.of(wanted.num_speculative_tokens, wanted.tree_num_nodes)
             if trees.count < self._warm_up or trees.value > cost:
                 return wanted
-        chains = measured.chain_acceptance
+        accepted, tried = measured.accepted_per_chain, measured.tried_per_chain
         length = wanted.num_speculative_tokens
-        if chains.count >= self._warm_up:
-            length = best_chain_length(chains.value, costs, length)
+        if accepted.count >= self._warm_up:
+            # Not the mean of each chain's share: chains that end early would count as much as long ones.
+            length = best_chain_length(accepted.value / tried.value, costs, length)
         return replace(wanted, mode="chain", num_speculative_tokens=length)
 
     def _wanted(self, batch_size: int) -> int:

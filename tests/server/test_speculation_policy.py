@@ -87,6 +87,20 @@ def test_a_useless_draft_is_left_out_but_probed() -> None:
     assert chosen == [0, 0, 0, 0, 4, 0, 0, 0, 0, 4]
 
 
+def test_acceptance_is_that_of_a_token_whatever_the_lengths_of_chains() -> None:
+    """Every second token is accepted, so that chains of two have 0, 1 or 2 right with shares of 1/2, 1/4 and 1/4.
+
+    Their mean share is 3/8, at which no draft would pay.
+    """
+    costs = DraftCosts(0.05, 0.0, 0.55)
+    assert (best_chain_length(0.5, costs, 2), best_chain_length(3 / 8, costs, 2)) == (2, 0)
+    policy = SpeculationPolicy(SpeculationTable((SpeculationLevel(1, "chain", 2),), costs), warm_up=10)
+    for _ in range(100):
+        for accepted in (0, 1, 0, 2):
+            policy.observe_step(stats(accepted, drafted=2))
+    assert policy.choose(LABELS, START, sampled=False).num_speculative_tokens == 2
+
+
 def test_greedy_and_sampled_sequences_of_an_adapter_are_measured_apart() -> None:
     policy = at_batch(4, warm_up=10)
     for _ in range(50):
