@@ -141,7 +141,7 @@ class SpeculationTable:
                         "chain",
                         6,
                         min_probability=0.2,
-                        sampled_chain=3,
+                        sampled_chain=4,
                         sampled_min_probability=0.01,
                     ),
                     SpeculationLevel(
