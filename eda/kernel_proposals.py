@@ -117,12 +117,22 @@ class KernelProposals:
         return rows
 
 
-def has_plain_scores(state: SequenceState) -> bool:
-    """Whether the draft's own probabilities are the ones to grow a tree by: nothing changes them, there is no seed."""
-    return _draws_plainly(state) and not state.sampling.reshapes_distribution
+def has_plain_scores(state: SequenceState, *, any_temperature: bool = False) -> bool:
+    """Whether the draft's own probabilities are the ones to choose by: nothing changes its logits, there is no seed.
+
+    With ``any_temperature`` a temperature may flatten or sharpen them.
+    """
+    params = state.sampling
+    if params.is_greedy or not _draws_plainly(state):
+        return _draws_plainly(state)
+    cuts = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+    return not cuts and (any_temperature or params.temperature == 1.0)
 
 
 def _draws_plainly(state: SequenceState) -> bool:
-    """Whether the tokens of a chain depend on the draft's raw logits alone: the likeliest ones, or drawn ones."""
+    """Whether the tokens of a chain depend on the draft's raw logits alone: the likeliest ones, or drawn ones.
+
+    The kernel draws at any temperature, and after any of top-k, top-p and min-p.
+    """
     params = state.sampling
     return not params.edits_logits and (params.is_greedy or params.seed is None)

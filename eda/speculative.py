@@ -362,7 +362,7 @@ class SpeculativeDecoder:
                 raise RuntimeError("a sequence was released in the middle of a step")
             accepted = verdict.accepted_nodes
             if row.proposal is not None and state.drafts:
-                _keep_accepted_features(state, row.num_tokens, accepted)
+                state.cut_features(row.num_tokens, accepted)
             first = extent.start + extent.length + row.num_tokens - 1
             for place, node in enumerate(accepted, start=1):
                 if node != place:
@@ -401,16 +401,6 @@ def check_draft_fits(draft: DraftModel, target: TargetModel) -> None:
         raise MismatchError(
             f"the draft was trained for the target {recorded[:16]}...; this target is {target.fingerprint[:16]}..."
         )
-
-
-def _keep_accepted_features(state: SequenceState, num_tokens: int, accepted: list[int]) -> None:
-    """Of the features stored last, keeps the known tokens' and the accepted nodes'."""
-    features = state._pending.pop()
-    if accepted == list(range(1, len(accepted) + 1)):
-        state.keep_features(features[: num_tokens + len(accepted)])
-    else:
-        kept = list(range(num_tokens)) + [num_tokens - 1 + node for node in accepted]
-        state.keep_features(features[upload(kept, features.device)])
 
 
 def _needs_only_best(state: SequenceState) -> bool:

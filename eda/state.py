@@ -10,6 +10,7 @@ from eda.kv_cache import Extent
 from eda.private import PrivateModule
 from eda.sampling import SamplingParams, TokenHistory
 from eda.target import FineTune
+from eda.transfers import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,15 @@ class SequenceState:
     def keep_features(self, features: Tensor) -> None:
         """Stores target features ``[n, 3H]`` of newly accepted tokens until the draft reads them."""
         self._pending.append(features)
+
+    def cut_features(self, num_tokens: int, accepted: list[int]) -> None:
+        """Of the features stored last, keeps those of ``num_tokens`` known tokens and of ``accepted`` draft nodes."""
+        features = self._pending.pop()
+        if accepted == list(range(1, len(accepted) + 1)):
+            self.keep_features(features[: num_tokens + len(accepted)])
+        else:
+            kept = list(range(num_tokens)) + [num_tokens - 1 + node for node in accepted]
+            self.keep_features(features[upload(kept, features.device)])
 
     def take_pending_features(self) -> Tensor:
         """All stored features ``[n, 3H]``, which are then forgotten here."""
