@@ -252,7 +252,7 @@ class SpeculationPolicy:
         patience: int = 8,
         warm_up: int = 64,
         smoothing: float = 0.015,
-        probe_every: int = 16,
+        probe_every: int = 32,
     ) -> None:
         self._table = table
         self._patience = patience
