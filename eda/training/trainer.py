@@ -33,7 +33,7 @@ from eda.training.progress import (
 from eda.training.trainees import Trainee
 from eda.training.unroll import unroll
 
-_RATE_TIMES_WIDTH = {"private": 5.12, "shared": 2.56, "lora": 2.56, "retrain": 2.0}
+_RATE_TIMES_WIDTH = {"private": 2.56, "shared": 2.56, "lora": 2.56, "retrain": 2.0}
 
 
 @dataclass(frozen=True, slots=True)

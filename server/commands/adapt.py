@@ -68,7 +68,7 @@ def adapt(
     num_steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps. [3 passes]")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Answers in an optimiser step. [16]")] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(min=1e-8, help="Peak rate. [5.12 / hidden size]")
+        float | None, typer.Option(min=1e-8, help="Peak rate. [2.56 / hidden size]")
     ] = None,
     max_prompts: Annotated[int, typer.Option(min=1, help="Prompts answered, at most.")] = 2000,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer, at most.")] = 160,

@@ -243,5 +243,5 @@ def test_the_rate_warms_up_and_falls_to_zero() -> None:
 
 def test_wider_drafts_have_smaller_default_rates() -> None:
     trainee = private_for()
-    assert default_learning_rate(trainee) == pytest.approx(5.12 / 32)
+    assert default_learning_rate(trainee) == pytest.approx(2.56 / 32)
     assert default_learning_rate(retrain_trainee(trainee.draft)) < default_learning_rate(trainee)
