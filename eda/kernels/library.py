@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-_SOURCES = ("pass.cpp", "draft.h", "layer.h", "attention.h", "matrix.h", "threads.h")
+_SOURCES = ("pass.cpp", "draft.h", "layer.h", "attention.h", "matrix.h", "threads.h", "governor.h")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread")
 _SWITCH = "EDA_CPU_KERNELS"
 _logger = logging.getLogger(__name__)
