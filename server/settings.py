@@ -21,6 +21,7 @@ from pydantic_settings import (
 
 from adapters.errors import InvalidInputError
 from adapters.names import check_name
+from adapters.process import Scheduling
 
 BUNDLED_MODELS = Path(__file__).resolve().parent.parent / "models"
 
@@ -96,6 +97,10 @@ class Settings(BaseSettings):
     )
     worker_niceness: int = Field(
         10, ge=0, le=19, description="how far the worker stands back behind the server"
+    )
+    worker_scheduling: Scheduling = Field(
+        "idle",
+        description='processor time of the worker: "idle" only what nothing else wants, or "batch", "normal"',
     )
 
     # HTTP

@@ -43,7 +43,7 @@ class Governor {
   static constexpr int64_t MILLISECOND = 1000000;
   static constexpr int64_t LIMIT = 6 * MILLISECOND;  // more than one turn of another process, which may be the only one
   static constexpr int64_t TRIAL = 1 * MILLISECOND;  // what a larger number may lose when it was too large just before
-  static constexpr int64_t SHORTEST = 5 * MILLISECOND, LONGEST = 300 * MILLISECOND;  // until the next trial
+  static constexpr int64_t SHORTEST = 5 * MILLISECOND, LONGEST = 500 * MILLISECOND;  // until the next trial
 
   const int full_;
   int threads_;

@@ -81,9 +81,11 @@ class Pool {
       arrived_.store(0, std::memory_order_relaxed);
       turn_.raise();
     } else if (const int64_t slept = turn_.wait(turn, PAUSES_IN_PASS)) {
-      lost_.fetch_add(slept, std::memory_order_relaxed);
+      lose(slept);
     }
   }
+
+  void lose(int64_t slept) { lost_.fetch_add(slept, std::memory_order_relaxed); }
 
   // Nanoseconds that each thread has slept at barriers since the last call: all wait for the last one.
   int64_t take_lost() {
