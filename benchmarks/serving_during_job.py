@@ -4,18 +4,18 @@
 
 Starts a server and, for each way of sharing the processor, a process that trains as a job does (``training_load``).
 They take turns: all but one training are stopped (SIGSTOP) while something is measured, so every figure of a round is
-taken within a minute. Ratios are medians over rounds of what was measured in one round.
+taken within a minute or two.
 
 - lone: one request after another; x4: four at a time. Streamed over HTTP, with the model's private draft.
 - paced: a lone request every second, which leaves the job the time in between; tokens per second of waiting.
 
-On a machine that others use too, a measurement during which they took more than ``--foreign`` of a core is taken
-again, a few times; how much they took is printed.
+On a machine that others use too, it waits for up to ``--patience`` seconds before each measurement until they take
+less than ``--foreign`` of a core, and figures are medians of the measurements that they left undisturbed.
+``--baseline`` names another checkout of this project, whose server is measured in turn with this one's.
 """
 
 import argparse
 import asyncio
-import json
 import os
 import signal
 import socket
@@ -25,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,9 @@ WAYS = {
 }
 """How the training shares the processor: scheduling and niceness."""
 QUIET = "no job"
+HERE = "ours"
+Key = tuple[str, str, str]
+"""Server, kind of load, way of training."""
 PACE_SECONDS = 1.0
 
 
@@ -108,24 +111,21 @@ class Window:
 
 
 class Bench:
-    def __init__(self, url: str, server: int, trainings: dict[str, Training], options: argparse.Namespace):
-        self._url, self._trainings, self._options = url, trainings, options
-        self._pids = [server, os.getpid(), *(training.process.pid for training in trainings.values())]
+    def __init__(
+        self,
+        servers: dict[str, tuple[str, int]],
+        trainings: dict[str, Training],
+        options: argparse.Namespace,
+    ) -> None:
+        self._servers, self._trainings, self._options = servers, trainings, options
+        self._pids = [os.getpid(), *(pid for _, pid in servers.values())]
+        self._pids += [training.process.pid for training in trainings.values()]
         self._request = LoadRequest(options.model, options.draft, options.tokens, 0.0, True, ignore_eos=True)
         self._prompts = read_prompts(options.prompts, 36)
 
-    def window(self, kind: str, way: str) -> Window:
+    def window(self, server: str, kind: str, way: str) -> Window:
         """``kind`` is "lone", "x4", "paced" or "alone" (the job, with an idle server)."""
-        best: Window | None = None
-        for _ in range(self._options.attempts):
-            found = self._once(kind, way)
-            best = found if best is None or found.foreign < best.foreign else best
-            if best.foreign <= self._options.foreign:
-                break
-        assert best is not None
-        return best
-
-    def _once(self, kind: str, way: str) -> Window:
+        self._wait_for_quiet()
         training = self._trainings.get(way)
         if training is not None:
             training.go()
@@ -133,7 +133,7 @@ class Bench:
         try:
             others, start = Others(self._pids), time.perf_counter()
             steps = training.steps if training is not None else 0
-            tokens, waiting = asyncio.run(self._serve(kind))
+            tokens, waiting = asyncio.run(self._serve(self._servers[server][0], kind))
             seconds = time.perf_counter() - start
             steps = (training.steps if training is not None else 0) - steps
             return Window(tokens / waiting if waiting else 0.0, steps / seconds, others.cores())
@@ -141,12 +141,20 @@ class Bench:
             if training is not None:
                 training.halt()
 
-    async def _serve(self, kind: str) -> tuple[int, float]:
+    def _wait_for_quiet(self) -> None:
+        end = time.monotonic() + self._options.patience
+        while time.monotonic() < end:
+            others = Others(self._pids)
+            time.sleep(1.0)
+            if others.cores() <= self._options.foreign:
+                return
+
+    async def _serve(self, url: str, kind: str) -> tuple[int, float]:
         """Requests until the window is over; the number of tokens, and the seconds in which there was a request."""
         end = time.perf_counter() + self._options.seconds
         tokens, waiting, place = 0, 0.0, 0
         concurrency = 4 if kind == "x4" else 1
-        async with httpx.AsyncClient(base_url=self._url, timeout=600) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=600) as client:
             while (now := time.perf_counter()) < end:
                 if kind == "alone":
                     await asyncio.sleep(end - now)
@@ -162,15 +170,16 @@ class Bench:
 
 
 @contextmanager
-def running_server(options: argparse.Namespace, data_dir: str) -> Iterator[tuple[str, int]]:
+def running_server(options: argparse.Namespace, checkout: Path, data_dir: str) -> Iterator[tuple[str, int]]:
     """Address and process id of a server without a worker of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "server", "serve", "--port", str(port), "--data-dir", data_dir]
-    command += ["--log-level", "warning"] + (["--models-dir", str(options.models)] if options.models else [])
-    environment = {**os.environ, "EDA_WORKER": "false"}
-    with subprocess.Popen(command, env=environment) as server:
+    command += ["--log-level", "warning", "--cache-mib", "64"]
+    command += ["--models-dir", str(options.models)] if options.models else []
+    environment = {**os.environ, "EDA_WORKER": "false", "PYTHONPATH": str(checkout)}
+    with subprocess.Popen(command, env=environment, cwd=checkout) as server:
         try:
             url = f"http://127.0.0.1:{port}"
             while not _is_ready(url):
@@ -196,30 +205,27 @@ def training_command(options: argparse.Namespace, way: str) -> list[str]:
     return command + (["--models", str(options.models)] if options.models else [])
 
 
-def report(rounds: Sequence[dict[tuple[str, str], Window]], ways: Sequence[str]) -> None:
-    def median(values: Iterator[float]) -> float:
-        return statistics.median(values)
+def report(windows: Mapping[Key, Sequence[Window]], foreign: float) -> None:
+    """A table of medians over undisturbed windows, and what part they are of the same without a job."""
+    clean = {key: [w for w in found if w.foreign <= foreign] or found for key, found in windows.items()}
 
-    def ratio(kind: str, way: str, name: str, base: tuple[str, str]) -> float:
-        return median(
-            getattr(found[kind, way], name) / max(1e-9, getattr(found[base], name)) for found in rounds
-        )
+    def median(key: Key, name: str) -> float:
+        return statistics.median([getattr(window, name) for window in clean[key]] or [0.0])
 
-    print(
-        "\n| | tokens/s | / no job | steps/s | / server idle | others' cores |\n|---|---:|---:|---:|---:|---:|"
-    )
-    for kind, way in rounds[0]:
-        window = {
-            name: median(getattr(found[kind, way], name) for found in rounds) for name in Window.__slots__
-        }
-        row = [f"{kind}, {way}", "-", "-", "-", "-", f"{window['foreign']:.2f}"]
+    def share(key: Key, name: str, whole: Key) -> str:
+        return f"{median(key, name) / median(whole, name):.2f}" if median(whole, name) else "-"
+
+    print("\n| | tokens/s | / no job | steps/s | / server idle | windows | others |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for key, found in clean.items():
+        server, kind, way = key
+        tokens = steps = ["-", "-"]
         if kind != "alone":
-            row[1] = f"{window['tokens']:.0f}"
-            row[2] = f"{ratio(kind, way, 'tokens', (kind, QUIET)):.2f}"
+            tokens = [f"{median(key, 'tokens'):.0f}", share(key, "tokens", (server, kind, QUIET))]
         if way != QUIET:
-            row[3] = f"{window['steps']:.2f}"
-            row[4] = f"{ratio(kind, way, 'steps', ('alone', way)):.2f}"
-        print("| " + " | ".join(row) + " |")
+            steps = [f"{median(key, 'steps'):.2f}", share(key, "steps", (HERE, "alone", way))]
+        row = [", ".join(key), *tokens, *steps, f"{len(found)} of {len(windows[key])}"]
+        print(f"| {' | '.join(row)} | {median(key, 'foreign'):.2f} |")
 
 
 def main() -> None:
@@ -238,33 +244,42 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="of one measurement, at least")
     parser.add_argument("--foreign", type=float, default=0.1, help="cores that others may take")
-    parser.add_argument("--attempts", type=int, default=3, help="at a measurement that others disturb")
-    parser.add_argument("--out", type=Path, help="JSON lines of all measurements")
+    parser.add_argument("--patience", type=float, default=20.0, help="seconds to wait for that")
+    parser.add_argument("--baseline", type=Path, help="another checkout, whose server is measured too")
     options = parser.parse_args()
     with ExitStack() as stack:
-        data_dir = stack.enter_context(tempfile.TemporaryDirectory())
-        url, server = stack.enter_context(running_server(options, data_dir))
+        checkouts = {HERE: Path(__file__).resolve().parent.parent}
+        if options.baseline is not None:
+            checkouts["baseline"] = options.baseline.resolve()
+        servers: dict[str, tuple[str, int]] = {}
+        for name, checkout in checkouts.items():
+            data_dir = stack.enter_context(tempfile.TemporaryDirectory())
+            servers[name] = stack.enter_context(running_server(options, checkout, data_dir))
         trainings: dict[str, Training] = {}
         for way in options.ways:
             trainings[way] = Training(training_command(options, way), {**SLEEPING_OPENMP, **os.environ})
             stack.callback(trainings[way].end)
             trainings[way].warm_up()
-        bench = Bench(url, server, trainings, options)
-        asyncio.run(bench._serve("lone"))  # warm-up
-        rounds: list[dict[tuple[str, str], Window]] = []
-        for number in range(options.rounds):
-            found: dict[tuple[str, str], Window] = {}
-            for kind in ("lone", "x4", "paced", "alone"):
-                for way in [*([] if kind == "alone" else [QUIET]), *options.ways]:
-                    window = found[kind, way] = bench.window(kind, way)
-                    line = {"round": number, "kind": kind, "way": way, "tokens": window.tokens}
-                    line |= {"steps": window.steps, "foreign": window.foreign}
-                    print(json.dumps(line), flush=True)
-                    if options.out is not None:
-                        with options.out.open("a", encoding="utf-8") as file:
-                            file.write(json.dumps(line) + "\n")
-            rounds.append(found)
-        report(rounds, options.ways)
+        bench = Bench(servers, trainings, options)
+        keys = [
+            (server, kind, way)
+            for kind in ("lone", "x4", "paced")
+            for way in (QUIET, *options.ways)
+            for server in servers
+        ] + [(HERE, "alone", way) for way in options.ways]
+        windows: dict[Key, list[Window]] = {key: [] for key in keys}
+        for server in servers:
+            bench.window(server, "lone", QUIET)  # warm-up
+        try:
+            for _ in range(options.rounds):
+                for key in keys:
+                    window = bench.window(*key)
+                    windows[key].append(window)
+                    values = f"{window.tokens:8.0f} tokens/s {window.steps:6.2f} steps/s"
+                    print(f"{', '.join(key):32} {values}, others {window.foreign:.2f}", flush=True)
+        except KeyboardInterrupt:
+            print("interrupted")
+        report(windows, options.foreign)
 
 
 if __name__ == "__main__":

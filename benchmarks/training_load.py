@@ -49,7 +49,6 @@ def main() -> None:
     parser.add_argument("--niceness", type=int, default=10)
     parser.add_argument("--scheduling", choices=("idle", "batch", "normal"), default="idle")
     arguments = parser.parse_args()
-    run_gently(arguments.niceness, arguments.scheduling)
     torch.set_num_threads(arguments.threads or max(1, (torch.get_num_threads() + 1) // 2))
     paths = model_paths(load_settings(None, {"models_dir": arguments.models}))
     if paths.draft is None:
@@ -58,8 +57,11 @@ def main() -> None:
     fine_tune = load_fine_tune(paths.fine_tunes[arguments.model], target, arguments.model)
 
     def report(event: ProgressEvent) -> None:
-        if not event.message:  # those with one are measurements
-            print(event.done, flush=True)
+        if event.message:  # a measurement
+            return
+        if event.done == 2:  # not from the start: on a busy machine loading the models would never end
+            run_gently(arguments.niceness, arguments.scheduling)
+        print(event.done, flush=True)
 
     training = TrainingConfig(
         num_steps=NUM_STEPS, batch_size=arguments.batch_size, evaluate_every=NUM_STEPS, patience=None
