@@ -56,7 +56,8 @@ def run_gently(niceness: int, scheduling: Scheduling = "normal") -> None:
 
     Args:
         niceness: 0 to 19.
-        scheduling: "idle" gives way to any other process at once and whatever the niceness.
+        scheduling: "idle" gives way to any other process at once, whatever the niceness, and gets next to nothing
+            while all cores are busy.
     """
     refused = [
         f"{name} ({error})"

@@ -43,8 +43,8 @@ class WorkerSettings:
         bundled_adapters: read-only store directories beside the one in ``data_dir``.
         num_threads: processor threads for computing; ``None`` takes half of the machine's, at least one.
         niceness: 0 to 19; how far the worker stands back behind other processes.
-        scheduling: "idle" takes only processor time that nothing else wants; "batch" and "normal" take the share that
-            ``niceness`` leaves them.
+        scheduling: "batch" and "normal" take the share that ``niceness`` leaves them, "batch" without ever displacing
+            what runs; "idle" takes only time that nothing else wants, so on a busy machine a job stands still.
         memory_limit_mib: resident memory at which an attempt is given up; ``None`` for no limit.
         device, dtype: as for the server.
         supervised: end when standard input is closed, which the system does when the parent dies, and after each job,
@@ -58,7 +58,7 @@ class WorkerSettings:
     bundled_adapters: tuple[str, ...] = ()
     num_threads: int | None = None
     niceness: int = 10
-    scheduling: Scheduling = "idle"
+    scheduling: Scheduling = "batch"
     memory_limit_mib: int | None = None
     device: str = "auto"
     dtype: str = "auto"

@@ -39,7 +39,8 @@ from server.load import LoadRequest, read_prompts, run_load
 WAYS = {
     "as anybody": ("normal", 0),
     "niceness 10": ("normal", 10),
-    "niceness 19": ("normal", 19),
+    "batch 10": ("batch", 10),
+    "batch 19": ("batch", 19),
     "idle": ("idle", 10),
 }
 """How the training shares the processor: scheduling and niceness."""

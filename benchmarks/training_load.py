@@ -1,6 +1,6 @@
 """Trains a private module as a job does, on made-up answers, for ever; prints a line for each step.
 
-    python -m benchmarks.training_load --models models --model math --scheduling idle
+    python -m benchmarks.training_load --models models --model math --scheduling batch
 
 A stand-in for the worker process in ``serving_during_job``: the same priorities, threads and training step, without the
 stages around it, so that it does the same thing for as long as it is measured.
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads [half of the machine's]")
     parser.add_argument("--batch-size", type=int, default=4, help="samples in a step")
     parser.add_argument("--niceness", type=int, default=10)
-    parser.add_argument("--scheduling", choices=("idle", "batch", "normal"), default="idle")
+    parser.add_argument("--scheduling", choices=("idle", "batch", "normal"), default="batch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads or max(1, (torch.get_num_threads() + 1) // 2))
     paths = model_paths(load_settings(None, {"models_dir": arguments.models}))

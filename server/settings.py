@@ -99,8 +99,8 @@ class Settings(BaseSettings):
         10, ge=0, le=19, description="how far the worker stands back behind the server"
     )
     worker_scheduling: Scheduling = Field(
-        "idle",
-        description='processor time of the worker: "idle" only what nothing else wants, or "batch", "normal"',
+        "batch",
+        description='"batch" and "normal" give the worker a share by niceness, "idle" what nothing else wants',
     )
 
     # HTTP
