@@ -20,7 +20,7 @@ from adapters.claims import DEFAULT_LEASE_SECONDS, Claim
 from adapters.database import Database, sqlite_url
 from adapters.errors import InvalidInputError
 from adapters.pipeline import AdaptationStages
-from adapters.process import run_gently
+from adapters.process import Scheduling, run_gently
 from adapters.worker import StagesFactory, Worker
 from adapters.workspaces import Workspaces
 
@@ -43,6 +43,8 @@ class WorkerSettings:
         bundled_adapters: read-only store directories beside the one in ``data_dir``.
         num_threads: processor threads for computing; ``None`` takes half of the machine's, at least one.
         niceness: 0 to 19; how far the worker stands back behind other processes.
+        scheduling: "batch" and "normal" take the share that ``niceness`` leaves them, "batch" without ever displacing
+            what runs; "idle" takes only time that nothing else wants, so on a busy machine a job stands still.
         memory_limit_mib: resident memory at which an attempt is given up; ``None`` for no limit.
         device, dtype: as for the server.
         supervised: end when standard input is closed, which the system does when the parent dies, and after each job,
@@ -56,6 +58,7 @@ class WorkerSettings:
     bundled_adapters: tuple[str, ...] = ()
     num_threads: int | None = None
     niceness: int = 10
+    scheduling: Scheduling = "batch"
     memory_limit_mib: int | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -96,7 +99,7 @@ def run_worker(settings: WorkerSettings, make_stages: StagesFactory | None = Non
     A stop lets the current stage save what it has and gives the job back. One that takes longer than 6 s is cut off,
     which loses no finished work either.
     """
-    run_gently(settings.niceness)
+    run_gently(settings.niceness, settings.scheduling)
     database = settings.open_database()
     worker = Worker(
         database,

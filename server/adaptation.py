@@ -72,6 +72,7 @@ def worker_settings(
         bundled_adapters=tuple(str(directory.resolve()) for directory in _bundled(paths)),
         num_threads=settings.worker_threads,
         niceness=settings.worker_niceness,
+        scheduling=settings.worker_scheduling,
         memory_limit_mib=settings.worker_memory_mib,
         device=settings.device,
         dtype=settings.dtype,

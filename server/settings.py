@@ -21,6 +21,7 @@ from pydantic_settings import (
 
 from adapters.errors import InvalidInputError
 from adapters.names import check_name
+from adapters.process import Scheduling
 
 BUNDLED_MODELS = Path(__file__).resolve().parent.parent / "models"
 
@@ -99,6 +100,10 @@ class Settings(BaseSettings):
     )
     worker_niceness: int = Field(
         10, ge=0, le=19, description="how far the worker stands back behind the server"
+    )
+    worker_scheduling: Scheduling = Field(
+        "batch",
+        description='"batch" and "normal" give the worker a share by niceness, "idle" what nothing else wants',
     )
 
     # HTTP

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from adapters.process import SLEEPING_OPENMP
 from adapters.worker_process import SETTINGS_VARIABLE, WorkerSettings
 from server.logs import logger
 
@@ -33,7 +34,7 @@ class WorkerSupervisor:
     ) -> None:
         self._command = list(command)
         inherited = {name: value for name, value in os.environ.items() if name not in _SECRETS}
-        self._environment = {**inherited, SETTINGS_VARIABLE: settings.to_json()}
+        self._environment = {**SLEEPING_OPENMP, **inherited, SETTINGS_VARIABLE: settings.to_json()}
         self._stop_seconds = stop_seconds
         self._stopping = threading.Event()
         self._lock = threading.Lock()

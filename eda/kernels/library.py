@@ -25,6 +25,7 @@ _SOURCES = (
     "attention.h",
     "matrix.h",
     "threads.h",
+    "governor.h",
 )
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread")
 _SWITCH = "EDA_CPU_KERNELS"

@@ -127,4 +127,16 @@ int eda_draft_tree(int num_threads, const Draft* draft, const Shape* shape, cons
                     out_tokens, out_parents);
 }
 
+// For tests: a governor of its own, told what passes have lost, and the threads that it grants.
+Governor* eda_governor_new(int full) { return new Governor(full); }
+void eda_governor_delete(Governor* governor) { delete governor; }
+int eda_governor_next(Governor* governor, int64_t now, int64_t lost) { return governor->next(now, lost); }
+
+// Threads of the next pass that may have `num_threads`, as if each had slept for `lost` nanoseconds in the last one.
+int eda_threads_after(int num_threads, int64_t lost) {
+  std::lock_guard<std::mutex> lock(pool_lock());
+  if (lost) exact_pool(num_threads).lose(lost * (num_threads - 1));
+  return pool_of(num_threads).size();
+}
+
 }  // extern "C"

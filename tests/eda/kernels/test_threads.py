@@ -73,6 +73,16 @@ def test_passes_with_different_numbers_of_threads_at_once(model: TargetModel) ->
         assert all(pool.map(work, [1, 2, 3]))
 
 
+def test_passes_after_pauses_that_put_the_threads_to_sleep(model: TargetModel) -> None:
+    """Threads go to sleep after about half a millisecond; whoever misses the call then never ends its pass."""
+    tokens = random_tokens(6, seed=3)
+    torch.set_num_threads(3)
+    expected = complete(model, tokens)
+    for number in range(300):
+        time.sleep(number % 30 * 5e-5)
+        assert torch.equal(complete(model, tokens), expected)
+
+
 def test_torch_keeps_to_one_thread_inside_and_gets_its_number_back() -> None:
     torch.set_num_threads(3)
     with kernel_threads_only():
