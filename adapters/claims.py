@@ -199,12 +199,7 @@ def take_job(
     with database.write() as connection:
         now = time.time()
         ready = (jobs.c.state == "queued") & (jobs.c.not_before <= now)
-        query = (
-            select(jobs)
-            .where(or_(ready, jobs.c.state == "running"))
-            .order_by(jobs.c.created_at)
-            .with_for_update(skip_locked=True)
-        )
+        query = select(jobs).where(or_(ready, jobs.c.state == "running")).order_by(jobs.c.created_at)
         for row in connection.execute(query).mappings().all():
             taken_over = row["state"] == "running"
             if taken_over and row["lease_expires_at"] > now and not is_certainly_dead(row["worker"]):
