@@ -180,6 +180,8 @@ class Claim:
         self._update(connection, state=state, message=message, finished_at=now, claim=None, **values)
 
     def _update(self, connection: Connection, **values: Any) -> None:
+        if "message" in values:  # of an error, perhaps with a text of the user's in it
+            values["message"] = values["message"].replace("\x00", "\ufffd")
         mine = (jobs.c.id == self.job.id) & (jobs.c.claim == self._token)
         result = connection.execute(update(jobs).where(mine).values(updated_at=time.time(), **values))
         if result.rowcount != 1:

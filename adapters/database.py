@@ -7,6 +7,8 @@ Writers take turns on both: what a write transaction reads stays true until it c
 the order of their ids. That costs nothing here, where a busy day has a write or two a second.
 """
 
+import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,7 +126,7 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A consistent view. Readers neither wait for writers nor hold them up."""
-        with self.engine.begin() as connection:
+        with _refusing_values(), self.engine.begin() as connection:
             yield connection
 
     @contextmanager
@@ -133,11 +135,40 @@ class Database:
 
         It takes the only write lock at its start, so what it reads stays true until it commits.
         """
-        with self.engine.connect().execution_options(eda_write=True) as connection, connection.begin():
+        with (
+            _refusing_values(),
+            self.engine.connect().execution_options(eda_write=True) as connection,
+            connection.begin(),
+        ):
             yield connection
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+@contextmanager
+def _refusing_values() -> Iterator[None]:
+    """PostgreSQL refuses some values that SQLite takes, such as texts with a NUL: whoever gave one is told."""
+    try:
+        yield
+    except sqlalchemy.exc.DataError as error:
+        raise InvalidInputError(f"a value cannot be kept in the database: {error.orig}") from error
+
+
+def _to_json(value: Any) -> str:
+    """JSON that every reader takes: numbers that are not finite become null."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sqlite_url(path: Path) -> str:
@@ -161,7 +192,7 @@ def _create_engine(url: str) -> Engine:
         )
     if parsed.database and parsed.database != ":memory:":
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
+    engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000}, json_serializer=_to_json)
     event.listen(engine, "connect", _configure_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
@@ -171,7 +202,7 @@ def _create_postgres(url: URL) -> Engine:
     if url.drivername == "postgresql":
         url = url.set(drivername="postgresql+psycopg")
     try:
-        engine = create_engine(url, pool_pre_ping=True)
+        engine = create_engine(url, pool_pre_ping=True, json_serializer=_to_json)
     except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
         raise InvalidInputError(
             f"the database URL needs a driver that is not installed ({error}); install eda-server[postgres]"

@@ -9,7 +9,14 @@ from sqlalchemy import select
 
 from adapters.claims import Claim, take_job
 from adapters.database import Database, jobs
-from adapters.errors import ClaimLostError, ConflictError, InvalidInputError, QueueFullError
+from adapters.errors import (
+    ClaimLostError,
+    ConflictError,
+    InvalidInputError,
+    QueueFullError,
+    UnknownJobError,
+    UnknownModelError,
+)
 from adapters.jobs import Job, new_job_id
 from adapters.process import identity
 from adapters.spec import AdaptationSpec, DataSpec
@@ -171,6 +178,29 @@ def test_a_reader_misses_no_event(setup: Service) -> None:
         reader.join(20)
     assert seen == [event.id for event in setup.queue.events_after(job.id)]
     assert len(seen) == 2 + 40  # queued and started came first
+
+
+def test_values_that_one_database_takes_and_the_other_does_not(setup: Service) -> None:
+    job = setup.submit("math")
+    claim = take_job(setup.database, identity())
+    assert claim
+    claim.event("metric", {"loss": float("nan"), "best": [float("-inf"), 1.5], "text": "a\x00b"})
+    assert setup.queue.events_after(job.id)[-1].data == {
+        "loss": None,
+        "best": [None, 1.5],
+        "text": "a\x00b",
+    }
+    claim.progress("train", 0.5, None, "a text with \x00 in it")
+    claim.fail("train", "the line 'a\x00b' is wrong", retry=False)
+    assert setup.queue.get(job.id).error == {
+        "stage": "train",
+        "reason": "the line 'a\x00b' is wrong",
+        "attempt": 1,
+    }
+    with pytest.raises((UnknownJobError, InvalidInputError)):
+        setup.queue.get("job-\x00")
+    with pytest.raises((UnknownModelError, InvalidInputError)):
+        setup.catalog.get("a\x00")
 
 
 @pytest.mark.parametrize(

@@ -361,3 +361,11 @@ def require_consistency(service: AdapterService) -> None:
     for name in registry.model_names():
         registry.acquire(name).release()
     service.database.close()
+
+
+def test_a_description_that_not_every_database_takes(service: AdapterService, family: Family) -> None:
+    with pytest.raises(InvalidInputError, match="NUL"):
+        service.create("tune", source(family), SELF, AdaptationOptions(), description="a\x00b")
+    assert service.registry.model_names() == ["base", "medical"]
+    with pytest.raises(InvalidInputError, match="NUL"):
+        service.patch("medical", description="\x00")
