@@ -39,6 +39,8 @@ from adapters.errors import InvalidInputError
 from adapters.files import locked
 
 BUSY_TIMEOUT_MS = 30_000
+UNAVAILABLE = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError)
+"""What transactions raise while the database is away, locked or out of room; the same call may succeed later."""
 _POSTGRES_LOCK = 0x6564615F6462  # "eda_db"
 
 metadata = MetaData()
