@@ -3,8 +3,10 @@
 #   docker build -t eda-server --build-arg TORCH_INDEX=... .     # the CPU image: an index with torch's CPU wheels
 #   docker build -t eda-server:cuda .                            # the default index holds CUDA wheels
 #   docker build -t eda-server --build-arg COMPILER= .           # smaller; CPUs compute with torch alone
-#   docker run -p 8000:8000 -e EDA_ADMIN_KEY=... -v "$PWD/models:/models:ro" -v eda-data:/data eda-server
+#   docker run --stop-timeout 45 -p 8000:8000 -e EDA_ADMIN_KEY=... -v "$PWD/models:/models:ro" -v eda-data:/data eda-server
 #
+# Docker kills ten seconds after SIGTERM unless told otherwise; running requests get EDA_DRAIN_SECONDS (30), and the worker
+# some more to save its state. podman and buildah keep the health check only with --format docker.
 # Nothing is downloaded at run time; for EDA_ALLOW_HUB=true give -e HF_HUB_OFFLINE=0 as well.
 # It listens on all addresses of the container, so it does not start without EDA_ADMIN_KEY or EDA_ADMIN_KEY_FILE.
 

@@ -180,6 +180,8 @@ class Claim:
         self._update(connection, state=state, message=message, finished_at=now, claim=None, **values)
 
     def _update(self, connection: Connection, **values: Any) -> None:
+        if "message" in values:  # of an error, perhaps with a text of the user's in it
+            values["message"] = values["message"].replace("\x00", "\ufffd")
         mine = (jobs.c.id == self.job.id) & (jobs.c.claim == self._token)
         result = connection.execute(update(jobs).where(mine).values(updated_at=time.time(), **values))
         if result.rowcount != 1:
@@ -199,12 +201,7 @@ def take_job(
     with database.write() as connection:
         now = time.time()
         ready = (jobs.c.state == "queued") & (jobs.c.not_before <= now)
-        query = (
-            select(jobs)
-            .where(or_(ready, jobs.c.state == "running"))
-            .order_by(jobs.c.created_at)
-            .with_for_update(skip_locked=True)
-        )
+        query = select(jobs).where(or_(ready, jobs.c.state == "running")).order_by(jobs.c.created_at)
         for row in connection.execute(query).mappings().all():
             taken_over = row["state"] == "running"
             if taken_over and row["lease_expires_at"] > now and not is_certainly_dead(row["worker"]):

@@ -3,7 +3,7 @@
 Nothing is lost on the way: shared and private feed-forward network are one wider network (gate and up rows stacked,
 down columns joined), a low-rank correction of ``fc`` is added to ``fc``, and the fine-tune's rows of the output layer
 become ``lm_head``. The norms of the tapped layers in front of ``fc`` have no place in the first EAGLE-3 files; they
-are what EAGLE-3.1 calls ``fc_norm``, so an engine must know that name, and one that does not refuses the tensors.
+are what EAGLE-3.1 calls ``fc_norm``; an engine that does not know that name refuses the tensors or drafts badly.
 """
 
 import json

@@ -369,3 +369,5 @@ def _check_description(description: str) -> None:
             f"description has {len(description)} characters; at most {MAX_DESCRIPTION_LENGTH} are kept",
             param="description",
         )
+    if "\x00" in description:
+        raise InvalidInputError("description holds a NUL character", param="description")

@@ -3,6 +3,7 @@
 import logging
 import threading
 
+from adapters.database import UNAVAILABLE
 from adapters.registry import AdapterRegistry
 
 logger = logging.getLogger(__name__)
@@ -33,9 +34,15 @@ class RegistryWatcher:
             self._registry.apply(verdict)
 
     def _run(self) -> None:
+        is_away = False
         while not self._stopping.wait(self._poll_seconds):
             try:
                 self.poll()
+                is_away = False
+            except UNAVAILABLE as error:
+                # That must not end the watch, nor fill the log.
+                if not is_away:
+                    logger.warning("the database does not answer, versions stay as they are: %s", error.orig)
+                is_away = True
             except Exception:
-                # A database that is away for a moment must not end the watch.
                 logger.exception("the registry could not be brought up to date")

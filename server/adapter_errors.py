@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
+from adapters.database import UNAVAILABLE
 from adapters.errors import (
     AdapterServiceError,
     ConflictError,
@@ -22,7 +23,9 @@ from server.errors import (
     InvalidRequestError,
     OverloadedError,
     RequestFailedError,
+    UnavailableError,
 )
+from server.logs import logger
 
 
 class ResourceNotFoundError(ApiError):
@@ -93,5 +96,10 @@ class AdapterRoute(APIRoute):
                 return await handle(request)
             except AdapterServiceError as error:
                 raise from_service(error) from error
+            except UNAVAILABLE as error:
+                logger().error("the database does not answer", reason=str(error.orig))
+                raise UnavailableError(
+                    "the database of adapters and jobs does not answer; try later"
+                ) from error
 
         return handle_errors

@@ -1,10 +1,12 @@
 """Prometheus metrics of adapters: live acceptance, what the guard did, jobs by state, the worker."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from adapters.database import UNAVAILABLE
 from adapters.service import AdapterService
 from server.worker_supervisor import WorkerSupervisor
 
@@ -48,8 +50,10 @@ class AdapterMetrics(Collector):
 
     def _jobs(self) -> Iterable[Metric]:
         jobs = GaugeMetricFamily("eda:adaptation_jobs", "Adaptation jobs by state", labels=("state",))
-        for state, count in self._adapters.queue.counts().items():
-            jobs.add_metric((state,), count)
+        # Without its database the server goes on answering, and must still be seen to.
+        with suppress(*UNAVAILABLE):
+            for state, count in self._adapters.queue.counts().items():
+                jobs.add_metric((state,), count)
         yield jobs
         if self._worker is not None:
             up = self._worker.pid is not None

@@ -5,13 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from adapters.database import Database, sqlite_url
+from adapters.database import Database
+from tests.adapters.databases import BACKENDS, new_database
 from tests.adapters.helpers import Service
 
 
+@pytest.fixture(params=BACKENDS)
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    with new_database(request.param, tmp_path / "data") as url:
+        yield url
+
+
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    database = Database(sqlite_url(tmp_path / "data" / "eda.sqlite3"))
+def database(database_url: str) -> Iterator[Database]:
+    database = Database(database_url)
     yield database
     database.close()
 

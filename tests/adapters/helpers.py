@@ -17,6 +17,7 @@ from adapters.store import AdapterStore
 from adapters.worker import Worker
 from adapters.worker_process import WorkerSettings
 from adapters.workspaces import Workspaces
+from tests.adapters.databases import url_of
 from tests.adapters.fake_stages import FakeStages, work
 
 FAKE_WORKER = Path(__file__).with_name("fake_stages.py")
@@ -76,7 +77,13 @@ class Service:
     def start_worker(self, *, step_seconds: float = 0.02) -> BaseProcess:
         """A worker process with fake stages, forked from one that has everything imported."""
         settings = WorkerSettings(
-            data_dir=str(self.data_dir), target="", draft="", lease_seconds=5.0, poll_seconds=0.05, niceness=0
+            data_dir=str(self.data_dir),
+            target="",
+            draft="",
+            database_url=url_of(self.database),
+            lease_seconds=5.0,
+            poll_seconds=0.05,
+            niceness=0,
         )
         process = warm_processes().Process(target=work, args=(settings, step_seconds))
         process.start()

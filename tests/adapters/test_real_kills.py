@@ -12,13 +12,13 @@ from sqlalchemy import update
 
 from adapters.catalog import new_entry
 from adapters.claims import Claim
-from adapters.database import Database, jobs, sqlite_url
+from adapters.database import jobs
 from adapters.jobs import new_job_id
 from adapters.pipeline import AdaptationStages
 from adapters.spec import AdaptationSpec, DataSpec, TrainingOptions
 from adapters.stage_job import AdaptationDefaults, StageModels
 from adapters.stages import TrainingStages
-from adapters.worker_process import DATABASE_FILE, WorkerSettings, run_worker
+from adapters.worker_process import WorkerSettings, run_worker
 from eda.target import TargetModel, load_fine_tune
 from tests.adapters.helpers import Service, wait_for, warm_processes
 from tests.server.family import save_family
@@ -72,12 +72,17 @@ def submit(setup: Service, family: Path, name: str) -> str:
 
 
 @pytest.mark.slow
-def test_killed_real_workers_lose_and_change_nothing(tmp_path: Path) -> None:
+def test_killed_real_workers_lose_and_change_nothing(
+    tmp_path: Path, database_url: str, setup: Service
+) -> None:
     family = save_family(tmp_path / "family")
-    database = Database(sqlite_url(tmp_path / "data" / DATABASE_FILE))
-    setup = Service(tmp_path / "data", database)
     settings = WorkerSettings(
-        str(tmp_path / "data"), str(family / "base"), str(family / "draft"), poll_seconds=0.02, niceness=0
+        str(tmp_path / "data"),
+        str(family / "base"),
+        str(family / "draft"),
+        database_url,
+        poll_seconds=0.02,
+        niceness=0,
     )
     processes = warm_processes()
     chance = random.Random(11)
@@ -111,4 +116,3 @@ def test_killed_real_workers_lose_and_change_nothing(tmp_path: Path) -> None:
     assert report.problems == []
     assert len({manifest.weights_sha256 for manifest in report.manifests}) == 1
     assert kills >= 4
-    database.close()

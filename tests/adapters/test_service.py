@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from adapters.catalog import Catalog
-from adapters.database import Database, sqlite_url
+from adapters.database import Database
 from adapters.errors import (
     ConflictError,
     InvalidInputError,
@@ -36,6 +36,7 @@ from adapters.traffic import TrafficRecorder
 from adapters.workspaces import Workspaces
 from eda.draft import DraftModel
 from eda.target import TargetModel
+from tests.adapters.databases import url_of
 from tests.adapters.helpers import warm_processes
 from tests.adapters.test_registry import Setup
 from tests.reference_family import Family, make_family
@@ -43,8 +44,10 @@ from tests.reference_family import Family, make_family
 SELF = DataSource(self_prompts=4)
 
 
-def make_service(data_dir: Path, base: TargetModel, draft: DraftModel, root: Path) -> AdapterService:
-    database = Database(sqlite_url(data_dir / "eda.sqlite3"))
+def make_service(
+    data_dir: Path, base: TargetModel, draft: DraftModel, root: Path, database_url: str
+) -> AdapterService:
+    database = Database(database_url)
     store = AdapterStore(data_dir / "adapters")
     guard = Guard(GuardSettings(baseline_share=0.0))
     registry = AdapterRegistry(ModelLoader(base, draft), store, Catalog(database), guard=guard)
@@ -64,9 +67,9 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 
 @pytest.fixture
-def service(family: Family, tmp_path: Path) -> Iterator[AdapterService]:
+def service(family: Family, tmp_path: Path, database_url: str) -> Iterator[AdapterService]:
     root = family.paths["base"].parent
-    service = make_service(tmp_path / "data", family.base, family.draft, root)
+    service = make_service(tmp_path / "data", family.base, family.draft, root, database_url)
     service.configure({"medical": family.paths["medical"]})
     yield service
     service.database.close()
@@ -82,7 +85,9 @@ def test_configured_models_come_and_go_with_the_settings(service: AdapterService
         service.delete("medical")
     service.create("posted", source(family), SELF, AdaptationOptions())
     root = family.paths["base"].parent
-    again = make_service(service.workspaces.root.parent, family.base, family.draft, root)
+    again = make_service(
+        service.workspaces.root.parent, family.base, family.draft, root, url_of(service.database)
+    )
     again.configure({"math": family.paths["math"]})
     assert again.registry.model_names() == ["base", "math", "posted"]
     with pytest.raises(ConflictError, match="posted adapter is called"):
@@ -95,7 +100,11 @@ def test_an_adapter_that_comes_along_is_active_until_somebody_chooses(
 ) -> None:
     def restart() -> int | None:
         again = make_service(
-            service.workspaces.root.parent, family.base, family.draft, family.paths["base"].parent
+            service.workspaces.root.parent,
+            family.base,
+            family.draft,
+            family.paths["base"].parent,
+            url_of(service.database),
         )
         again.configure({"medical": family.paths["medical"]})
         active = again.registry.active_versions()["medical"]
@@ -286,11 +295,12 @@ def test_a_hub_id_is_never_a_local_directory(
     assert fetched == ["owner/other"]
 
 
-def churn(data_dir: str, root: str, seed: int, ready: Connection) -> None:
+def churn(data_dir: str, root: str, database_url: str, seed: int, ready: Connection) -> None:
     """A server's life in short: restores everything, then creates, activates and deletes until it is killed."""
     torch.set_num_threads(1)
     base = TargetModel.load(Path(root) / "base")
-    service = make_service(Path(data_dir), base, DraftModel.load(Path(root) / "draft"), Path(root))
+    draft = DraftModel.load(Path(root) / "draft")
+    service = make_service(Path(data_dir), base, draft, Path(root), database_url)
     service.configure({})
     chance = random.Random(seed)
     ready.send(True)
@@ -309,9 +319,9 @@ def churn(data_dir: str, root: str, seed: int, ready: Connection) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_killed_while_it_changes_things(family: Family, tmp_path: Path) -> None:
+def test_a_server_killed_while_it_changes_things(family: Family, tmp_path: Path, database_url: str) -> None:
     root, data_dir = family.paths["base"].parent, tmp_path / "data"
-    service = make_service(data_dir, family.base, family.draft, root)
+    service = make_service(data_dir, family.base, family.draft, root, database_url)
     service.configure({})
     service.serve("keeper", source(family))
     setup = Setup(family, data_dir, service.database)
@@ -323,7 +333,7 @@ def test_a_server_killed_while_it_changes_things(family: Family, tmp_path: Path)
     processes = warm_processes()
     for turn in range(20):
         receiver, sender = processes.Pipe(duplex=False)
-        process = processes.Process(target=churn, args=(str(data_dir), str(root), turn, sender))
+        process = processes.Process(target=churn, args=(str(data_dir), str(root), database_url, turn, sender))
         process.start()
         sender.close()
         try:
@@ -333,7 +343,7 @@ def test_a_server_killed_while_it_changes_things(family: Family, tmp_path: Path)
             process.kill()
             process.join()
             receiver.close()
-        require_consistency(make_service(data_dir, family.base, family.draft, root))
+        require_consistency(make_service(data_dir, family.base, family.draft, root, database_url))
 
 
 def require_consistency(service: AdapterService) -> None:
@@ -351,3 +361,11 @@ def require_consistency(service: AdapterService) -> None:
     for name in registry.model_names():
         registry.acquire(name).release()
     service.database.close()
+
+
+def test_a_description_that_not_every_database_takes(service: AdapterService, family: Family) -> None:
+    with pytest.raises(InvalidInputError, match="NUL"):
+        service.create("tune", source(family), SELF, AdaptationOptions(), description="a\x00b")
+    assert service.registry.model_names() == ["base", "medical"]
+    with pytest.raises(InvalidInputError, match="NUL"):
+        service.patch("medical", description="\x00")

@@ -1,4 +1,4 @@
-"""Every `curl` of docs/http-api.md works."""
+"""Every `curl` of docs/http-api.md works, and the first one of the README."""
 
 import re
 import shutil
@@ -15,7 +15,8 @@ from server.settings import Settings
 from tests.server.family import Family
 from tests.server.serving import make_parts, serve
 
-PAGE = Path(__file__).parents[2] / "docs" / "http-api.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "http-api.md"
 ADDRESS = "http://127.0.0.1:8000"
 
 
@@ -47,6 +48,7 @@ def commands(page: str) -> list[str]:
 def test_every_curl_of_the_page(whole_server: str, tmp_path: Path) -> None:
     found = commands(PAGE.read_text(encoding="utf-8"))
     assert len(found) > 25
+    found += [command for command in commands((ROOT / "README.md").read_text("utf-8")) if "/v1/" in command]
     lines = ["set -euo pipefail", "curl() { command curl --fail-with-body --noproxy '*' \"$@\"; }"]
     for command in found:
         command = command.replace(ADDRESS, whole_server).rstrip()
@@ -57,7 +59,9 @@ def test_every_curl_of_the_page(whole_server: str, tmp_path: Path) -> None:
         ["bash", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=120, cwd=tmp_path
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    # No answer may be empty: a page that shows a model should show it say something.
     assert '"mean_acceptance_length"' in result.stdout
+    assert not re.search(r'"(?:text|content)":\s*"","(?:refusal|logprobs)"', result.stdout)
 
 
 def test_every_endpoint_has_a_curl(family: Family) -> None:
