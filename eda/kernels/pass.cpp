@@ -63,17 +63,15 @@ void eda_run_target(int num_threads, const Shape* shape, const Layer* layers, in
 void eda_verify(int num_threads, const VerifiedRow* rows, int num_rows, const float* logits, int count,
                 const double* uniforms, const double* last_uniforms, int32_t* num_accepted, int64_t* tokens) {
   std::lock_guard<std::mutex> lock(pool_lock());
-  const int threads = std::min(num_threads, num_rows);
+  // A lone row takes a few microseconds, about what waking the others does.
+  Pool& pool = num_rows == 1 ? exact_pool(1) : pool_of(num_threads);
   const int64_t stride = (int64_t(count) + 15) & ~15;
-  float* weights = weight_scratch.of(stride * threads);
-  const auto work = [&](int rank) {
-    if (rank >= threads) return;
-    const Range mine = share(num_rows, rank, threads);
+  float* weights = weight_scratch.of(stride * pool.size());
+  pool.run([&](int rank) {
+    const Range mine = share(num_rows, rank, pool.size());
     for (int b = mine.first; b < mine.end; ++b)
       num_accepted[b] = verify_row(rows[b], logits, count, uniforms, last_uniforms[b], weights + rank * stride, tokens + b);
-  };
-  // A lone row takes a few microseconds, about what waking the others does.
-  if (threads == 1) work(0); else pool_of(num_threads).run(work);
+  });
 }
 
 // Float32 logits `out [rows, outputs]` of `hidden [rows, inputs]`.
