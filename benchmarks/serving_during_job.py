@@ -237,9 +237,7 @@ def main() -> None:
     parser.add_argument("--model", default="math", help="fine-tune that is served and adapted to")
     parser.add_argument("--draft", default="private", choices=("private", "shared", "none"))
     parser.add_argument("--prompts", type=Path, default=Path(__file__).parent / "prompts" / "math.jsonl")
-    parser.add_argument(
-        "--ways", nargs="+", choices=tuple(WAYS), default=["as anybody", "batch 10", "idle"]
-    )
+    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=["as anybody", "batch 10", "idle"])
     parser.add_argument("--threads", type=int, default=0, help="of a training [half of the machine's]")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer")
     parser.add_argument("--rounds", type=int, default=5)

@@ -11,6 +11,8 @@ from narrow import load, narrow_target
 from passes import complete, random_tokens
 
 from eda.kernels.library import kernels
+from eda.kernels.verification import verify_chains
+from eda.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.usefixtures("_needs_kernels", "_own_thread_number")
 
@@ -121,6 +123,19 @@ def test_one_thread_stays_one() -> None:
     governor = Governor(1)
     assert set(governor.run(SECOND, TURN)) == {1}
     governor.close()
+
+
+def test_every_row_is_verified_by_fewer_threads_too() -> None:
+    library = kernels()
+    assert library is not None
+    logits = torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
+    uniforms = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    arguments = [SamplingParams()] * 40, [None] * 40, list(range(40)), uniforms
+    torch.set_num_threads(1)
+    expected = verify_chains(logits, *arguments)
+    torch.set_num_threads(5)
+    assert library.eda_threads_after(5, ctypes.c_int64(50 * MS)) < 5
+    assert verify_chains(logits, *arguments) == expected
 
 
 def test_passes_follow_and_results_stay_the_same(tmp_path_factory: pytest.TempPathFactory) -> None:
