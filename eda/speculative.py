@@ -29,8 +29,9 @@ from eda.verification import TokenLogprobs, VerificationRow, verify
 
 __all__ = ["ScheduledRow", "SequenceState", "Speculation", "SpeculativeDecoder", "StepResult"]
 
-MAX_PENDING_FEATURES = 64
-"""A sequence whose drafting is paused keeps at most this many features before the draft reads them anyway."""
+MAX_PENDING_BYTES = 4 << 20
+"""A sequence whose drafting is paused keeps so many bytes of features before the draft reads them anyway: reading costs
+the same later, and nothing where drafting never begins again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,11 +202,7 @@ class SpeculativeDecoder:
             index
             for index, row in enumerate(rows)
             if row.state.num_pending_features
-            and (
-                lengths[index]
-                or row.state.is_prefilling
-                or row.state.num_pending_features >= MAX_PENDING_FEATURES
-            )
+            and (lengths[index] or row.state.is_prefilling or row.state.pending_bytes >= MAX_PENDING_BYTES)
         ]
         if not extending:
             return

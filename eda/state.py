@@ -123,6 +123,13 @@ class SequenceState:
     def num_pending_features(self) -> int:
         return self.num_computed - self.draft_length if self.drafts else 0
 
+    @property
+    def pending_bytes(self) -> int:
+        """Memory of the features that the draft has not read yet."""
+        if not self._pending:
+            return 0
+        return self.num_pending_features * self._pending[0].shape[1] * self._pending[0].element_size()
+
     def keep_features(self, features: Tensor) -> None:
         """Stores target features ``[n, 3H]`` of newly accepted tokens until the draft reads them."""
         self._pending.append(features)
