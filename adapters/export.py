@@ -99,14 +99,13 @@ def _tensors(draft: DraftModel, fine_tune: FineTune, private: PrivateModule | No
         name: value.float() if value.is_floating_point() else value
         for name, value in draft.state_dict().items()
     }
-    heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_dim
     fc, qkv, output = (own[f"{name}.weight"] for name in ("fc", "attention.qkv_proj", "attention.o_proj"))
     if private is not None and private.config.fc_rank:
         fc = fc + private.fc_up.float() @ private.fc_down.float()
     if private is not None and private.config.attention_rank:
         qkv = qkv + private.qkv_up.float() @ private.qkv_down.float()
         output = output + private.o_up.float() @ private.o_down.float()
-    query, key, value = qkv.split([heads * width, kv_heads * width, kv_heads * width])
+    query, key, value = qkv.split([config.query_size, config.kv_size, config.kv_size])
     gate, up, down = _joined_feed_forward(own, private)
     ids = own["draft_token_ids"]
     chosen = torch.zeros(config.vocab_size, dtype=torch.bool)
