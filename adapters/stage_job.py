@@ -92,11 +92,13 @@ class StageJob:
         self._defaults = defaults
         options, model = context.spec.training, models.fine_tune.model
         config = RegenerationConfig(seed=options.seed)
-        max_tokens = options.max_tokens or config.max_tokens
-        room = model.config.max_position_embeddings - max_tokens - DRAFT_ROOM
+        positions = model.config.max_position_embeddings
+        # Half of a short model's positions are left to prompts; a request that says otherwise was checked when it came.
+        max_tokens = options.max_tokens or min(config.max_tokens, max(1, (positions - DRAFT_ROOM) // 2))
+        room = positions - max_tokens - DRAFT_ROOM
         if room < 1:
             raise DataError(
-                f"training.max_tokens is {max_tokens}; the model's {model.config.max_position_embeddings} positions "
+                f"training.max_tokens is {max_tokens}; the model's {positions} positions "
                 "leave no room for prompts"
             )
         prompt_tokens = min(defaults.max_prompt_tokens, room)

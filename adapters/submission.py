@@ -191,6 +191,10 @@ def prepare_data(
 def _check_answers(options: TrainingOptions, limits: DataLimits) -> None:
     """The room that answers leave for prompts; a job would find out only when it has loaded the models."""
     longest = limits.max_model_len - DRAFT_ROOM - 1
+    if limits.max_model_len and longest < 1:
+        raise InvalidInputError(
+            f"the model holds {limits.max_model_len} tokens; adapting needs more than {DRAFT_ROOM + 1}"
+        )
     if limits.max_model_len and (options.max_tokens or 0) > longest:
         raise InvalidInputError(
             f"training.max_tokens is {options.max_tokens}; it must be at most {longest}, since the model's "

@@ -40,12 +40,20 @@ def make_adapter_service(
     return AdapterService(
         database,
         registry,
-        JobQueue(database, queue_limit=settings.max_queued_jobs, max_attempts=settings.max_job_attempts),
+        JobQueue(
+            database,
+            queue_limit=settings.max_queued_jobs,
+            max_attempts=settings.max_job_attempts,
+            waits_for="the worker"
+            if settings.worker
+            else "a worker: this server starts none, `eda worker` does",
+        ),
         Workspaces(data_dir / "jobs"),
         TrafficRecorder(data_dir / "traffic", max_bytes=settings.traffic_max_mib * MIB),
         ServiceSettings(
             AllowedRoots([data_dir, settings.models_dir, *settings.adapter_roots]),
             allow_hub=settings.allow_hub,
+            has_draft=loader.draft is not None,
             data_limits=DataLimits(
                 settings.max_prompt_file_mib * MIB, settings.reserve_disk_mib * MIB, model_limit
             ),

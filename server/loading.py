@@ -60,7 +60,7 @@ def load_runtime(services: Services) -> Runtime:
         labels, counts = sequence.labels, sequence.counts
         # The guard compares like with like: requests that ask for another draft are left out, since its baseline is a
         # random share of the same traffic, and so are those for which drafting was paused most of the time.
-        if labels.draft == "private" and 0 < counts.num_target_passes <= counts.num_draft_tokens:
+        if sequence.prefers_private and 0 < counts.num_target_passes <= counts.num_draft_tokens:
             guard.observe(
                 labels.model_name, labels.adapter_version, counts.num_target_passes, counts.num_emitted
             )
@@ -100,7 +100,15 @@ def load_runtime(services: Services) -> Runtime:
         adapters.traffic.stop()
         adapters.database.close()
 
-    return Runtime(engine, adapters.registry, tokenizer, adapters=adapters, on_start=start, on_close=close)
+    return Runtime(
+        engine,
+        adapters.registry,
+        tokenizer,
+        adapters=adapters,
+        can_draft=draft is not None,
+        on_start=start,
+        on_close=close,
+    )
 
 
 def _record_traffic(adapters: AdapterService, sequence: Sequence) -> None:

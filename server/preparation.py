@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from adapters.errors import UnknownModelError
 from eda.sampling import SamplingParams
 from eda.speculative import SequenceState
-from server.engine.sequence import Sequence, SequenceLabels
+from server.engine.sequence import DraftMode, Sequence, SequenceLabels
 from server.engine.stopping import StopChecker, StopConditions
 from server.errors import ContextLengthError, InvalidRequestError, UnknownModelNameError
 from server.schemas import ChatCompletionRequest, CompletionRequest, GenerationOptions
@@ -147,10 +147,11 @@ def build(
     config = lease.fine_tune.model.config
     eos_ids = frozenset(config.eos_token_ids) | tokenizer.eos_ids
     deadline = time.monotonic() + settings.request_timeout
-    uses_adapter = body.draft == "private"
+    draft = _draft_mode(services, body, lease)
+    uses_adapter = draft == "private"
     labels = SequenceLabels(
         lease.model_name,
-        body.draft,
+        draft,
         lease.adapter if uses_adapter else None,
         lease.adapter_version if uses_adapter else None,
     )
@@ -172,13 +173,14 @@ def build(
                 fine_tune=lease.fine_tune,
                 sampling=_sampling(body, conditions, config.vocab_size, copy),
                 private=lease.private if uses_adapter else None,
-                speculation=services.engine.speculation_for(body.draft),
+                speculation=services.engine.speculation_for(draft),
             )
             hidden = eos_ids - frozenset(body.stop_token_ids or ())
             checker = StopChecker(conditions, tokenizer.detokenizer(), hidden)
             sequence = Sequence(
                 f"{request_id}-{place * copies + copy}", state, checker, labels, deadline, body.priority
             )
+            sequence.prefers_private = body.draft == "private"
             if not services.engine.engine.fits(sequence):
                 raise ContextLengthError(
                     f"{len(prompt)} prompt tokens and {max_tokens} output tokens do not fit into the server's cache",
@@ -186,6 +188,24 @@ def build(
                 )
             sequences.append(sequence)
     return PreparedRequest(request_id, lease, sequences, prompts, copies, echoes)
+
+
+def _draft_mode(services: Services, body: GenerationOptions, lease: Lease) -> DraftMode:
+    """What drafts for this request: what it asks for, as far as it is there.
+
+    A model without a private module has the shared draft alone. On a server without a draft the default decodes
+    plainly; a draft that was asked for by name is refused with ``InvalidRequestError``.
+    """
+    if body.draft == "none":
+        return "none"
+    if not services.loaded().can_draft:
+        if "draft" in body.model_fields_set:
+            raise InvalidRequestError(
+                f'draft is "{body.draft}"; this server runs without a draft model, so leave it out or give "none"',
+                param="draft",
+            )
+        return "none"
+    return "private" if body.draft == "private" and lease.private is not None else "shared"
 
 
 def _length_param(body: GenerationOptions) -> str:

@@ -190,6 +190,50 @@ def test_a_job_that_could_only_fail_is_refused(
     assert "hopeless" not in service.registry.model_names()
 
 
+def test_a_model_that_is_too_short_for_a_job_is_refused(service: AdapterService, family: Family) -> None:
+    limits = DataLimits(reserve_bytes=0, max_model_len=33)
+    service.settings = replace(service.settings, data_limits=limits)
+    with pytest.raises(InvalidInputError, match="the model holds 33 tokens; adapting needs more than 33"):
+        service.create("short", source(family), SELF, AdaptationOptions())
+
+
+def test_a_job_for_weights_that_are_gone_or_changed_is_refused(
+    service: AdapterService, family: Family, tmp_path: Path
+) -> None:
+    served = family.paths["base"].parent / "on-the-move"
+    shutil.copytree(family.paths["code"], served)
+    try:
+        service.create("moved", TargetSource(str(served)), SELF, AdaptationOptions())
+        [job] = service.queue.page()
+        service.queue.cancel(job.id)
+        weights = served / "adapter_model.safetensors"
+        weights.rename(tmp_path / "away")
+        with pytest.raises(ConflictError, match="the weights of 'moved' cannot be read"):
+            service.adapt("moved", SELF, AdaptationOptions())
+        with pytest.raises(ConflictError, match="the weights of 'moved' cannot be read"):
+            service.retry(job.id)
+        shutil.copyfile(family.paths["medical"] / "adapter_model.safetensors", weights)
+        with pytest.raises(ConflictError, match="other weights now"):
+            service.adapt("moved", SELF, AdaptationOptions())
+        shutil.copyfile(tmp_path / "away", weights)
+        assert service.retry(job.id).state == "queued"
+        assert service.adapt("moved", SELF, AdaptationOptions()).job.state == "queued"
+    finally:
+        shutil.rmtree(served)
+
+
+def test_a_job_without_a_draft_is_refused(service: AdapterService, family: Family) -> None:
+    service.settings = replace(service.settings, has_draft=False)
+    for ask in (
+        lambda: service.create("law", source(family), SELF, AdaptationOptions()),
+        lambda: service.adapt("base", SELF, AdaptationOptions()),
+    ):
+        with pytest.raises(ConflictError, match="without a shared draft"):
+            ask()
+    assert service.queue.page() == []
+    assert service.registry.model_names() == ["base", "medical"]
+
+
 def test_a_disk_that_fills_up_while_prompts_are_written(
     service: AdapterService, family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:

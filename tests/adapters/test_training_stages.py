@@ -10,9 +10,9 @@ import pytest
 
 from adapters.errors import InvalidInputError, JobInterruptedError
 from adapters.loading import ModelLoader
-from adapters.pipeline import AdaptationResult, StageEvent, run_adaptation
+from adapters.pipeline import AdaptationResult, StageContext, StageEvent, run_adaptation
 from adapters.spec import STAGES, AdaptationSpec, DataKind, DataSpec, TargetKind, TrainingOptions
-from adapters.stage_job import AdaptationDefaults, StageModels
+from adapters.stage_job import AdaptationDefaults, StageJob, StageModels
 from adapters.stages import TrainingStages
 from adapters.store import AdapterStore
 from adapters.submission import AdaptationOptions
@@ -150,6 +150,17 @@ def test_options_that_cannot_work(family: Path, tmp_path: Path) -> None:
     job.spec = replace(job.spec, training=replace(OPTIONS, max_tokens=600))
     with pytest.raises(DataError, match="leave no room for prompts"):
         job.run()
+
+
+def test_answers_leave_room_for_prompts_in_a_short_model(family: Path, tmp_path: Path) -> None:
+    job = Job(family, tmp_path)
+    models = StageModels.load(job.spec, family / "base", family / "draft", device="cpu", dtype="float32")
+    model = models.fine_tune.model
+    model.config = replace(model.config, max_position_embeddings=100)
+    spec = replace(job.spec, training=TrainingOptions())
+    context = StageContext("regenerate", spec, job.workspace, {}, job.events.append, lambda: False)
+    config = StageJob(context, models, DEFAULTS).regeneration
+    assert (config.max_tokens, config.max_prompt_tokens) == (34, 34)
 
 
 def test_an_incumbent_is_measured_beside_the_new_version(family: Path, tmp_path: Path) -> None:

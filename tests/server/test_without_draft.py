@@ -1,0 +1,77 @@
+"""A server without a draft model: it decodes plainly, says so, and refuses what could never be done."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.loading import load_runtime
+from server.services import Services
+from server.settings import Settings
+from tests.server.administration import Server
+from tests.server.serving import serve
+
+
+@pytest.fixture(scope="module")
+def server(family_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    directory = tmp_path_factory.mktemp("plain")
+    settings = Settings(
+        target=family_directory / "base",
+        fine_tunes={"math": family_directory / "math"},
+        data_dir=directory / "data",
+        adapter_roots=(directory / "loras",),
+        dtype="float32",
+        reserve_disk_mib=0,
+    )
+    services = Services(settings, load=load_runtime)
+    with serve(services) as url:
+        server = Server(url, services, directory)
+        yield server
+        server.client.close()
+
+
+def refusal(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    error: dict[str, Any] = response.json()["error"]
+    return error
+
+
+def test_the_default_draft_decodes_plainly_and_is_counted_as_that(server: Server) -> None:
+    metrics = server.complete("math")["metrics"]
+    assert (metrics["draft"], metrics["mean_acceptance_length"]) == ("none", 1.0)
+    assert server.complete("math", draft="none")["metrics"]["draft"] == "none"
+    exposition = server.client.get("/metrics").text
+    assert 'draft="none",model_name="math"' in exposition
+    assert 'draft="private"' not in exposition
+
+
+@pytest.mark.parametrize("draft", ["private", "shared"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_draft_that_is_asked_for_is_refused(server: Server, path: str, draft: str) -> None:
+    prompt = (
+        {"messages": [{"role": "user", "content": "fox"}]}
+        if "chat" in path
+        else {"prompt": "the quick brown"}
+    )
+    error = refusal(server.client.post(path, json={"model": "math", "draft": draft, **prompt}), 400)
+    assert error["param"] == "draft"
+    assert f'draft is "{draft}"' in error["message"]
+
+
+def test_a_job_is_refused_when_it_is_asked_for(server: Server) -> None:
+    assert "without a shared draft" in refusal(server.create("law"), 409)["message"]
+    body = {"data": {"prompts": ["one", "two"]}}
+    assert (
+        "without a shared draft"
+        in refusal(server.client.post("/adapters/math/jobs", json=body), 409)["message"]
+    )
+    assert server.client.get("/jobs").json()["data"] == []
+    assert server.client.get("/adapters/law").status_code == 404
+
+
+def test_a_fine_tune_is_served_without_a_job(server: Server) -> None:
+    body = {"lora_name": "law", "lora_path": server.lora("law")}
+    assert server.client.post("/v1/load_lora_adapter", json=body).status_code == 200
+    assert server.complete("law")["metrics"]["draft"] == "none"
