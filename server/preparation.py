@@ -16,7 +16,7 @@ from server.services import Lease, Services
 from server.tokenizer import ChatTemplateError, TextTokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
-"""What OpenAI's completions generate when ``max_tokens`` is not given; chats go on to the model's end."""
+"""What OpenAI's completions generate when ``max_tokens`` is not given; chats have ``Runtime.chat_max_tokens``."""
 
 TOKENIZE_INLINE = 8_192
 """Characters up to which a text is tokenized in the event loop; longer ones would hold up other requests."""
@@ -157,7 +157,9 @@ def build(
     )
     sequences: list[Sequence] = []
     for place, prompt in enumerate(prompts):
-        max_tokens = _max_tokens(body, prompt, config.vocab_size, max_model_len)
+        max_tokens = _max_tokens(
+            body, prompt, config.vocab_size, max_model_len, services.loaded().chat_max_tokens
+        )
         conditions = StopConditions(
             max_tokens=max_tokens,
             min_tokens=body.min_tokens,
@@ -215,9 +217,13 @@ def _length_param(body: GenerationOptions) -> str:
 
 
 def _max_tokens(
-    body: CompletionRequest | ChatCompletionRequest, prompt: list[int], vocab_size: int, max_model_len: int
+    body: CompletionRequest | ChatCompletionRequest,
+    prompt: list[int],
+    vocab_size: int,
+    max_model_len: int,
+    chat_max_tokens: int,
 ) -> int:
-    """The most tokens that this prompt may be continued by."""
+    """The most tokens that this prompt may be continued by: cache for all of them is reserved at admission."""
     is_chat = isinstance(body, ChatCompletionRequest)
     prompt_param = "messages" if is_chat else "prompt"
     if not prompt:
@@ -239,7 +245,7 @@ def _max_tokens(
     if isinstance(body, ChatCompletionRequest) and body.max_completion_tokens is not None:
         wanted = body.max_completion_tokens
     if wanted is None:
-        wanted = room if is_chat else min(DEFAULT_COMPLETION_TOKENS, room)
+        wanted = min(max(chat_max_tokens, body.min_tokens) if is_chat else DEFAULT_COMPLETION_TOKENS, room)
     elif wanted > room:
         raise ContextLengthError(
             f"{len(prompt)} prompt tokens and {wanted} output tokens are more than the model's {max_model_len}",

@@ -6,7 +6,9 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from eda.speculative import SpeculativeDecoder
 from server.loading import load_runtime
 from server.services import Services
 from server.settings import Settings
@@ -75,3 +77,42 @@ def test_a_fine_tune_is_served_without_a_job(server: Server) -> None:
     body = {"lora_name": "law", "lora_path": server.lora("law")}
     assert server.client.post("/v1/load_lora_adapter", json=body).status_code == 200
     assert server.complete("law")["metrics"]["draft"] == "none"
+
+
+def test_a_chat_without_a_limit_has_a_bounded_one(server: Server) -> None:
+    runtime = server.services.loaded()
+    body = {
+        "model": "math",
+        "messages": [{"role": "user", "content": "the quick brown fox"}],
+        "ignore_eos": True,
+        "temperature": 0,
+    }
+    given = runtime.chat_max_tokens
+    runtime.chat_max_tokens = 20
+    try:
+        answer = server.client.post("/v1/chat/completions", json=body).json()
+        longer = server.client.post("/v1/chat/completions", json=body | {"min_tokens": 25}).json()
+    finally:
+        runtime.chat_max_tokens = given
+    assert answer["usage"]["completion_tokens"] == 20
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert longer["usage"]["completion_tokens"] == 25
+
+
+def test_cache_slots_are_counted(server: Server) -> None:
+    def slots() -> dict[str, float]:
+        families = text_string_to_metric_families(server.client.get("/metrics").text)
+        samples = [sample for family in families for sample in family.samples]
+        return {s.labels["state"]: s.value for s in samples if s.name == "eda_cache_slots"}
+
+    server.complete("math")
+    idle = slots()
+    assert idle["used"] == 0
+    decoder = server.services.engine.engine._decoder
+    assert isinstance(decoder, SpeculativeDecoder)
+    extent = decoder.cache.allocator.allocate(100)
+    try:
+        assert slots() == {"used": 100, "free": idle["free"] - 100}
+    finally:
+        decoder.cache.allocator.release(extent)
+    assert slots() == idle
