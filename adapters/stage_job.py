@@ -24,6 +24,9 @@ from eda.training.regenerate import RegenerationConfig
 from eda.training.samples import read_samples
 from eda.training.self_prompts import SelfPromptConfig, write_own_prompts
 
+_OWN_PROMPTS_SHARE = 0.3
+"""Of the stage in which the fine-tune writes its prompts; what it does with them comes after."""
+
 T = TypeVar("T")
 
 
@@ -90,6 +93,7 @@ class StageJob:
         self.context = context
         self._models = models
         self._defaults = defaults
+        self._begun = 0.0
         options, model = context.spec.training, models.fine_tune.model
         config = RegenerationConfig(seed=options.seed)
         positions = model.config.max_position_embeddings
@@ -111,19 +115,36 @@ class StageJob:
             batch_size=max(1, min(defaults.batch_size, fitting)),
         )
 
-    def run(self, compute: Callable[[OnProgress, Callable[[], bool]], T]) -> T:
-        """Runs a function of ``eda.training`` with its reports and stops translated."""
-        context = self.context
+    def run(
+        self,
+        compute: Callable[[OnProgress, Callable[[], bool]], T],
+        *,
+        before: int = 0,
+        total: int | None = None,
+        end: float = 1.0,
+    ) -> T:
+        """Runs a function of ``eda.training`` with its reports and stops translated.
+
+        Args:
+            before, total: units that were done before it, and in all, when it does a part of them.
+            end: share of the stage that is done after it.
+        """
+        context, begun, reported = self.context, self._begun, False
 
         def report(event: ProgressEvent) -> None:
-            context.progress(event.done, event.total, event.message)
+            nonlocal reported
+            reported = True
+            context.progress(before + event.done, total or event.total, event.message, (begun, end))
             if event.metrics:
                 context.metric(**event.metrics)
 
         try:
-            return compute(report, context.should_stop)
+            result = compute(report, context.should_stop)
         except StageStoppedError as error:
             raise JobInterruptedError(str(error)) from error
+        if reported and end < 1.0:
+            self._begun = end
+        return result
 
     @cached_property
     def decoder(self) -> SpeculativeDecoder:
@@ -165,5 +186,6 @@ class StageJob:
                 config,
                 on_progress=progress,
                 should_stop=stop,
-            )
+            ),
+            end=_OWN_PROMPTS_SHARE,
         )

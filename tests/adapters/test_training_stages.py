@@ -87,6 +87,28 @@ def test_prompts_to_a_version_that_loads(family: Path, tmp_path: Path, model: st
     assert job.run().version == 1  # everything is there: nothing is done twice
 
 
+def test_progress_counts_what_was_asked_for_and_never_falls(family: Path, tmp_path: Path) -> None:
+    job = Job(family, tmp_path, data="self")
+    job.spec = replace(job.spec, data=DataSpec("self", 6), triage=False)
+    job.run()
+    by_stage: dict[str, list[StageEvent]] = {}
+    for event in job.events:
+        if event.kind == "progress":
+            by_stage.setdefault(event.stage, []).append(event)
+    assert {"regenerate", "train", "evaluate"} <= set(by_stage)
+    for events in by_stage.values():
+        fractions = [event.fraction for event in events]
+        assert fractions == sorted(fractions)
+    written = [event for event in by_stage["regenerate"] if event.message == "writing prompts"]
+    answers = [event for event in by_stage["regenerate"] if not event.message]
+    usable = written[-1].done  # the tiny model may write fewer than it is asked for
+    assert {event.total for event in written} == {6}
+    assert [(event.done, event.total) for event in answers] == [
+        (number, usable) for number in range(1, usable + 1)
+    ]
+    assert answers[-1].fraction == 1.0
+
+
 def test_triage_reports_what_the_shared_draft_keeps(family: Path, tmp_path: Path) -> None:
     job = Job(family, tmp_path)
     result = job.run()
