@@ -9,6 +9,7 @@ from adapters.guard import Guard, GuardSettings
 from adapters.jobs import JobQueue
 from adapters.loading import ModelLoader
 from adapters.names import AllowedRoots
+from adapters.private_files import private_directory
 from adapters.registry import AdapterRegistry
 from adapters.service import AdapterService, ServiceSettings
 from adapters.store import AdapterStore
@@ -26,6 +27,7 @@ def make_adapter_service(
 ) -> AdapterService:
     """Everything behind the administrative routes, over ``settings.data_dir``."""
     data_dir = settings.data_dir
+    private_directory(data_dir)
     # A worker answers prompts with the model's own limit, not with the one that requests have.
     model_limit = loader.base.model.config.max_position_embeddings
     database = Database(database_url(settings) or sqlite_url(data_dir / DATABASE_FILE))
