@@ -54,6 +54,11 @@ def load_runtime(services: Services) -> Runtime:
     adapters.configure(paths.fine_tunes)
     watcher = RegistryWatcher(adapters.registry)
     worker = make_worker(settings, paths)
+    if worker is None and (num_waiting := adapters.queue.counts()["queued"]):
+        reason = "worker is false" if draft is not None else "there is no draft to adapt"
+        logger().warning(
+            "jobs wait for a worker, and this server starts none", jobs=num_waiting, reason=reason
+        )
     services.metrics.registry.register(AdapterMetrics(adapters, worker))
     guard = adapters.registry.guard
 

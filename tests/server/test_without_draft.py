@@ -7,11 +7,16 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from structlog.testing import capture_logs
 
+from adapters.database import Database, sqlite_url
+from adapters.worker_process import DATABASE_FILE
 from eda.speculative import SpeculativeDecoder
 from server.loading import load_runtime
+from server.logs import configure_logs
 from server.services import Services
 from server.settings import Settings
+from tests.adapters.helpers import Service as JobService
 from tests.server.administration import Server
 from tests.server.serving import serve
 
@@ -71,6 +76,22 @@ def test_a_job_is_refused_when_it_is_asked_for(server: Server) -> None:
     )
     assert server.client.get("/jobs").json()["data"] == []
     assert server.client.get("/adapters/law").status_code == 404
+
+
+def test_jobs_of_an_earlier_run_are_spoken_of(family_directory: Path, tmp_path: Path) -> None:
+    database = Database(sqlite_url(tmp_path / DATABASE_FILE))
+    JobService(tmp_path, database).submit("law")
+    database.close()
+    settings = Settings(target=family_directory / "base", data_dir=tmp_path, dtype="float32")
+    configure_logs(Settings(log_level="warning"))
+    try:
+        with capture_logs() as lines:
+            runtime = load_runtime(Services(settings))
+    finally:
+        configure_logs(Settings(log_level="error"))
+    runtime.on_close()
+    [line] = [line for line in lines if line["event"].startswith("jobs wait for a worker")]
+    assert (line["jobs"], line["reason"]) == (1, "there is no draft to adapt")
 
 
 def test_a_fine_tune_is_served_without_a_job(server: Server) -> None:
