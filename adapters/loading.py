@@ -7,8 +7,10 @@ from adapters.errors import CorruptVersionError
 from adapters.manifest import WEIGHTS_FILE, Fingerprints, Manifest
 from adapters.store import AdapterStore
 from adapters.tensors import refuse_unsafe_files
+from eda.checkpoint import ADAPTER_CONFIG_FILE
 from eda.draft import DraftModel
 from eda.errors import EdaError, MismatchError
+from eda.fingerprint import fingerprint_directory
 from eda.private import PrivateConfig, PrivateModule
 from eda.target import FineTune, TargetModel, load_fine_tune
 
@@ -19,6 +21,7 @@ class Loader(Protocol):
     @property
     def base(self) -> FineTune: ...
     def fine_tune(self, path: Path, name: str) -> FineTune: ...
+    def fingerprint(self, path: Path) -> str: ...
     def private_module(
         self, store: AdapterStore, name: str, version: int, fine_tune_fingerprint: str
     ) -> tuple[Manifest, PrivateModule]: ...
@@ -46,6 +49,14 @@ class ModelLoader:
         if path == self.base.model.path:
             return FineTune(name, self.base.model)
         return load_fine_tune(path, self.base.model, name)
+
+    def fingerprint(self, path: Path) -> str:
+        """The fingerprint of the fine-tune in ``path`` as it is on disk now. Raises ``CheckpointError``."""
+        if self.base.model.path is None and path == Path():  # a base that was made in memory
+            return self.base.fingerprint
+        own = fingerprint_directory(path)
+        is_lora = (path / ADAPTER_CONFIG_FILE).exists()
+        return f"{self.base.fingerprint}+{own}" if is_lora else own
 
     def private_module(
         self, store: AdapterStore, name: str, version: int, fine_tune_fingerprint: str

@@ -46,7 +46,7 @@ class KernelProposals:
         """
         steps = chain_lengths
         if steps is None or not all(
-            _draws_plainly(state) or not count for state, count in zip(states, steps, strict=True)
+            has_plain_scores(state) or not count for state, count in zip(states, steps, strict=True)
         ):
             steps = None
         rows = self._rows(states, steps or [0] * len(states), lengths)
@@ -117,22 +117,18 @@ class KernelProposals:
         return rows
 
 
-def has_plain_scores(state: SequenceState, *, any_temperature: bool = False) -> bool:
-    """Whether the draft's own probabilities are the ones to choose by: nothing changes its logits, there is no seed.
+def has_plain_scores(state: SequenceState) -> bool:
+    """Whether the draft's raw logits alone say what to draft: nothing edits them, and there is no seed.
 
-    With ``any_temperature`` a temperature may flatten or sharpen them.
-    """
-    params = state.sampling
-    if params.is_greedy or not _draws_plainly(state):
-        return _draws_plainly(state)
-    cuts = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
-    return not cuts and (any_temperature or params.temperature == 1.0)
-
-
-def _draws_plainly(state: SequenceState) -> bool:
-    """Whether the tokens of a chain depend on the draft's raw logits alone: the likeliest ones, or drawn ones.
-
-    The kernel draws at any temperature, and after any of top-k, top-p and min-p.
+    The kernel draws chains at any temperature and after any of top-k, top-p and min-p; a tree grows by the draft's
+    probabilities before all of them (``eda.sampling.draft_scores``).
     """
     params = state.sampling
     return not params.edits_logits and (params.is_greedy or params.seed is None)
+
+
+def draws_uncut(state: SequenceState) -> bool:
+    """Whether, of what a request may ask, only a temperature changes the probabilities that a chain is drawn from."""
+    params = state.sampling
+    cuts = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+    return has_plain_scores(state) and (params.is_greedy or not cuts)

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from eda.draft import DraftModel
-from eda.speculative import SpeculativeDecoder
 from eda.target import TargetModel
 from server.settings import BUNDLED_MODELS, ConfigurationError, Settings
 
@@ -87,23 +86,3 @@ def load_pair(paths: ModelPaths, device: torch.device, dtype: str) -> tuple[Targ
     if paths.draft is not None:
         draft = DraftModel.load(paths.draft, dtype=target.dtype, device=device)
     return target, draft
-
-
-def num_cache_slots(
-    target: TargetModel, draft: DraftModel | None, *, cache_mib: int, max_model_len: int, max_running: int
-) -> int:
-    """Cache slots that ``cache_mib`` MiB hold, and no more than ``max_running`` longest sequences need.
-
-    Raises ``ConfigurationError`` when not even one sequence fits.
-    """
-    per_slot = SpeculativeDecoder.bytes_per_slot(target, draft)
-    room_for_drafts = 64
-    longest = max_model_len + room_for_drafts
-    slots = min(cache_mib * 1024 * 1024 // per_slot, max_running * longest)
-    if slots < longest:
-        needed = -(-longest * per_slot // (1024 * 1024))
-        raise ConfigurationError(
-            f"cache_mib is {cache_mib}; one sequence of {max_model_len} tokens needs {needed}. Raise it or lower "
-            "max_model_len"
-        )
-    return int(slots)

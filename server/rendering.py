@@ -128,6 +128,7 @@ def metrics_of(request: PreparedRequest) -> RequestMetrics:
         if num_drafted
         else None,
         num_target_passes=num_passes,
+        draft=request.sequences[0].labels.draft,
         adapter=request.sequences[0].labels.adapter,
         adapter_version=request.sequences[0].labels.adapter_version,
     )

@@ -64,7 +64,8 @@ class ModelRegistry(Protocol):
 class Runtime:
     """What exists once the models are loaded.
 
-    ``adapters`` is what the administrative routes work with; ``None`` in a server that has none. ``routers`` are added
+    ``adapters`` is what the administrative routes work with; ``None`` in a server that has none. ``can_draft`` is false
+    in a server without a draft model. ``chat_max_tokens`` bounds chats that give no limit. ``routers`` are added
     to the application once it is loaded; ``on_close`` is called after the engine has stopped.
     """
 
@@ -72,6 +73,8 @@ class Runtime:
     registry: ModelRegistry
     tokenizer: TextTokenizer
     adapters: AdapterService | None = None
+    can_draft: bool = True
+    chat_max_tokens: int = 2048
     routers: list[APIRouter] = field(default_factory=list)
     on_start: Callable[[], None] = lambda: None
     on_close: Callable[[], None] = lambda: None

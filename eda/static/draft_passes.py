@@ -7,7 +7,7 @@ from torch import Tensor
 
 from eda.chains import cut_chains
 from eda.draft import DraftModel
-from eda.kernel_proposals import has_plain_scores
+from eda.kernel_proposals import draws_uncut, has_plain_scores
 from eda.kv_cache import KVCache
 from eda.proposal import Proposal
 from eda.sampling import draw_uniforms
@@ -163,7 +163,7 @@ class DraftPasses:
         num_steps = round_up(max(lengths), CHAINS)
         if owners is None or count is None or num_steps is None:
             return None
-        if not all(has_plain_scores(state, any_temperature=True) for state in states):
+        if not all(draws_uncut(state) for state in states):
             return None
         longest = max(state.draft_length + length for state, length in zip(states, lengths, strict=True))
         keys = num_keys(longest, count)

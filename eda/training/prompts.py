@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                         f"{path}, line {number} holds a JSON {type(row).__name__}; an object was expected"
                     )
                 yield number, row
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 

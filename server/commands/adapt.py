@@ -116,12 +116,17 @@ def adapt(
         models = StageModels.load(spec, target, draft, device=device, dtype=dtype)
         stages = TrainingStages(models, AdapterStore(store))
         with progress_bars(quiet) as show, stop_on_interrupt() as should_stop:
+            counts: dict[str, tuple[int, int]] = {}
 
             def on_event(event: StageEvent) -> None:
-                if event.kind in ("progress", "message"):
-                    show(event.stage, round(1000 * event.fraction), 1000, event.message, {})
+                message = event.message
+                if event.kind == "progress":
+                    counts[event.stage] = event.done, event.total
                 elif event.kind == "stage_finished" and "reason" in event.data:
-                    show(event.stage, 1000, 1000, str(event.data["reason"]), {})
+                    message = str(event.data["reason"])
+                elif event.kind != "message":
+                    return
+                show(event.stage, *counts.get(event.stage, (0, 0)), message, {})
 
             result = run_adaptation(spec, workspace, stages, on_event, should_stop)
     except JobInterruptedError as error:
