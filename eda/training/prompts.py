@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from eda.tokenizer_files import load_tokenizer
 from eda.training.progress import ShouldStop, StageStoppedError, never_stop
 
 Message = Mapping[str, str]
+
+_SECONDS_BETWEEN_QUESTIONS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,9 +226,14 @@ def encode_prompts(
     ``should_stop`` says so: a template may take its time.
     """
     encoded: list[tuple[Prompt, list[int]]] = []
+    last_asked = time.monotonic()
     for prompt in prompts:
-        if should_stop():
-            raise StageStoppedError(f"stopped after {len(encoded)} of {len(prompts)} prompts were encoded")
+        if time.monotonic() - last_asked > _SECONDS_BETWEEN_QUESTIONS:
+            last_asked = time.monotonic()
+            if should_stop():
+                raise StageStoppedError(
+                    f"stopped after {len(encoded)} of {len(prompts)} prompts were encoded"
+                )
         try:
             encoded.append((prompt, chat.prompt_ids(prompt.messages)))
         except ChatTemplateError as error:
