@@ -6,10 +6,12 @@ from typing import Protocol
 from adapters.errors import CorruptVersionError
 from adapters.manifest import WEIGHTS_FILE, Fingerprints, Manifest
 from adapters.store import AdapterStore
+from adapters.template_renderer import TemplateRenderer
 from adapters.tensors import refuse_unsafe_files
+from eda.chat_template import ChatTemplateError
 from eda.checkpoint import ADAPTER_CONFIG_FILE
 from eda.draft import DraftModel
-from eda.errors import EdaError, MismatchError
+from eda.errors import CheckpointError, EdaError, MismatchError
 from eda.fingerprint import fingerprint_directory
 from eda.private import PrivateConfig, PrivateModule
 from eda.target import FineTune, TargetModel, load_fine_tune
@@ -32,10 +34,21 @@ class ModelLoader:
 
     ``draft`` is ``None`` on a server without speculation: fine-tunes are served, private modules are refused.
     Raises ``MismatchError`` when ``draft`` was trained for another base.
+
+    Args:
+        templates: tries the chat template that a fine-tune brings.
     """
 
-    def __init__(self, base: TargetModel, draft: DraftModel | None, *, base_name: str = "base") -> None:
+    def __init__(
+        self,
+        base: TargetModel,
+        draft: DraftModel | None,
+        *,
+        base_name: str = "base",
+        templates: TemplateRenderer | None = None,
+    ) -> None:
         self.base = FineTune(base_name, base)
+        self.templates = templates or TemplateRenderer()
         self.draft = draft
         self.draft_fingerprint = draft.fingerprint() if draft is not None else ""
         if draft is not None and draft.config.target_fingerprint not in ("", base.fingerprint):
@@ -48,7 +61,13 @@ class ModelLoader:
         """Raises ``CheckpointError`` (or one of its kinds) for what is no fine-tune of the base."""
         if path == self.base.model.path:
             return FineTune(name, self.base.model)
-        return load_fine_tune(path, self.base.model, name)
+        fine_tune = load_fine_tune(path, self.base.model, name)
+        if fine_tune.tokenizer is not None and fine_tune.tokenizer.chat_template is not None:
+            try:
+                self.templates.check(fine_tune.tokenizer.chat_template)
+            except ChatTemplateError as error:
+                raise CheckpointError(f"{path}: {error}") from error
+        return fine_tune
 
     def fingerprint(self, path: Path) -> str:
         """The fingerprint of the fine-tune in ``path`` as it is on disk now. Raises ``CheckpointError``."""

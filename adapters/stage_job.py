@@ -12,6 +12,7 @@ from adapters.errors import JobInterruptedError
 from adapters.pipeline import StageContext
 from adapters.recorded import RecordedPrompts
 from adapters.spec import DRAFT_ROOM, AdaptationSpec
+from adapters.template_renderer import TemplateRenderer
 from adapters.workspaces import PROMPTS_FILE, SAMPLES_FILE
 from eda.draft import DraftModel
 from eda.errors import DataError, MismatchError
@@ -82,7 +83,7 @@ class StageModels:
             fine_tune,
             DraftModel.load(draft, dtype=base.dtype, device=place),
             DraftModel.load(draft, dtype=torch.float32, device=place),
-            ChatFormat.load(path, target, eos_ids=fine_tune.model.config.eos_token_ids),
+            ChatFormat.of_fine_tune(fine_tune, target, render=TemplateRenderer().render),
         )
 
 

@@ -28,6 +28,8 @@ from eda.layers import DecoderLayer, RMSNorm
 from eda.linear import packed_linear, packed_weight
 from eda.lora import LoraAdapter, LoraSegment, add_low_rank
 from eda.rotary import RotaryEmbedding
+from eda.tokenizer import TextTokenizer
+from eda.tokenizer_files import load_own_tokenizer
 from eda.transfers import upload
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -289,6 +291,8 @@ class FineTune:
     name: str
     model: TargetModel
     lora: LoraAdapter | None = None
+    tokenizer: TextTokenizer | None = None
+    """Its own, where its directory brings tokens, end tokens or a chat template that the base's does not have."""
 
     @property
     def fingerprint(self) -> str:
@@ -347,11 +351,14 @@ def load_fine_tune(path_or_hub_id: str | Path, base: TargetModel, name: str) -> 
     """
     path = resolve_directory(path_or_hub_id)
     _check_vocabulary(path, base)
+    tokenizer = None
+    if base.path is not None and path != base.path:
+        tokenizer = load_own_tokenizer(path, base.path, base.config.vocab_size)
     if (path / ADAPTER_CONFIG_FILE).exists():
         lora = LoraAdapter.load(
             path, base.config, base_fingerprint=base.fingerprint, dtype=base.dtype, device=base.device
         )
-        return FineTune(name, base, _without_copies(lora, base))
+        return FineTune(name, base, _without_copies(lora, base), tokenizer)
     config = ModelConfig.from_directory(path)
     differing = [
         f"{field} {getattr(config, field)} (base: {getattr(base.config, field)})"
@@ -362,7 +369,7 @@ def load_fine_tune(path_or_hub_id: str | Path, base: TargetModel, name: str) -> 
         raise MismatchError(f"{path} is no fine-tune of this base: {', '.join(differing)}")
     model = TargetModel.load(path, dtype=base.dtype, device=base.device)
     model.tap_layers = base.tap_layers
-    return FineTune(name, model)
+    return FineTune(name, model, tokenizer=tokenizer)
 
 
 def _check_vocabulary(path: Path, base: TargetModel) -> None:

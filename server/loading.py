@@ -4,10 +4,14 @@ import torch
 
 from adapters.loading import ModelLoader
 from adapters.service import AdapterService
+from adapters.template_renderer import TemplateRenderer
 from adapters.traffic import TrafficRecord
 from adapters.watcher import RegistryWatcher
+from eda.chat_template import ChatTemplateError
 from eda.speculative import Speculation, SpeculativeDecoder
 from eda.static.shapes import ROWS
+from eda.tokenizer import TextTokenizer
+from eda.tokenizer_files import load_tokenizer
 from server.adaptation import make_adapter_service, make_worker
 from server.adapter_metrics import AdapterMetrics
 from server.cache_size import MIB, choose_cache_size, free_memory
@@ -20,7 +24,6 @@ from server.logs import logger
 from server.models import choose_device, load_pair, model_paths
 from server.services import Runtime, Services
 from server.settings import ConfigurationError, Settings
-from server.tokenizer import TextTokenizer
 
 
 def load_runtime(services: Services) -> Runtime:
@@ -47,9 +50,11 @@ def load_runtime(services: Services) -> Runtime:
     table = _table(settings, cpu_passes=target.has_kernel)
     # Part of loading, so that the server is ready when the usual passes are recorded.
     num_graphs = decoder.warm_up(_usual_rounds(table, settings.max_running))
-    tokenizer = TextTokenizer.load(paths.target)
+    tokenizer = load_tokenizer(paths.target)
+    templates = TemplateRenderer()
+    _try_template(tokenizer, templates)
 
-    loader = ModelLoader(target, draft, base_name=settings.model_name)
+    loader = ModelLoader(target, draft, base_name=settings.model_name, templates=templates)
     adapters = make_adapter_service(settings, loader, paths, cache.max_model_len)
     adapters.configure(paths.fine_tunes)
     watcher = RegistryWatcher(adapters.registry)
@@ -107,17 +112,28 @@ def load_runtime(services: Services) -> Runtime:
         watcher.stop()
         adapters.traffic.stop()
         adapters.database.close()
+        templates.close()
 
     return Runtime(
         engine,
         adapters.registry,
         tokenizer,
         adapters=adapters,
+        templates=templates,
         can_draft=draft is not None,
         chat_max_tokens=min(settings.chat_max_tokens, max(1, cache.num_slots // 4)),
         on_start=start,
         on_close=close,
     )
+
+
+def _try_template(tokenizer: TextTokenizer, templates: TemplateRenderer) -> None:
+    """Readies the base's chat template. One that cannot be used is no reason not to serve completions."""
+    try:
+        if tokenizer.chat_template is not None:
+            templates.check(tokenizer.chat_template)
+    except ChatTemplateError as error:
+        logger().warning("chats of the base will be refused", reason=str(error))
 
 
 def _record_traffic(adapters: AdapterService, sequence: Sequence) -> None:

@@ -6,14 +6,17 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from adapters.errors import UnknownModelError
+from adapters.template_renderer import TemplateRenderer
+from eda.chat_template import ChatTemplateError, Message
 from eda.sampling import SamplingParams
 from eda.speculative import SequenceState
+from eda.tokenizer import TextTokenizer
 from server.engine.sequence import DraftMode, Sequence, SequenceLabels
 from server.engine.stopping import StopChecker, StopConditions
 from server.errors import ContextLengthError, InvalidRequestError, UnknownModelNameError
 from server.schemas import ChatCompletionRequest, CompletionRequest, GenerationOptions
 from server.services import Lease, Services
-from server.tokenizer import ChatTemplateError, TextTokenizer
+from server.tokenizer import detokenizer_of, render_chat
 
 DEFAULT_COMPLETION_TOKENS = 16
 """What OpenAI's completions generate when ``max_tokens`` is not given; chats have ``Runtime.chat_max_tokens``."""
@@ -64,6 +67,17 @@ async def acquire(services: Services, model: str) -> Lease:
         raise unknown_model(model) from None
 
 
+async def tokenizer_named(services: Services, model: str | None) -> TextTokenizer:
+    """The tokenizer of ``model``, or of the base for ``None``. Raises ``UnknownModelNameError``."""
+    if model is None:
+        return services.loaded().tokenizer
+    lease = await acquire(services, model)
+    try:
+        return services.tokenizer_of(lease.fine_tune)
+    finally:
+        lease.release()
+
+
 def max_model_len_of(services: Services, model: str) -> int:
     """Tokens that prompt and output may have together. Raises ``UnknownModelNameError``."""
     try:
@@ -111,11 +125,11 @@ async def completion_prompts(
 
 
 async def chat_prompt(
-    messages: SequenceOf[dict[str, str]], tokenizer: TextTokenizer, max_model_len: int
+    messages: SequenceOf[Message], tokenizer: TextTokenizer, templates: TemplateRenderer, max_model_len: int
 ) -> list[int]:
     """Token ids of a conversation under the model's template."""
     try:
-        text = tokenizer.render_chat(messages)
+        text = await render_chat(templates, tokenizer, messages)
     except ChatTemplateError as error:
         raise InvalidRequestError(str(error), param="messages") from error
     # The template writes the special tokens itself.
@@ -135,7 +149,7 @@ def build(
 
     Raises ``InvalidRequestError`` and ``ContextLengthError`` with the parameter at fault.
     """
-    settings, tokenizer = services.settings, services.tokenizer
+    settings, tokenizer = services.settings, services.tokenizer_of(lease.fine_tune)
     copies = body.n or 1
     if len(prompts) * copies > settings.sequences_limit:
         raise InvalidRequestError(
@@ -145,7 +159,8 @@ def build(
         )
     _check_limits(services, body)
     config = lease.fine_tune.model.config
-    eos_ids = frozenset(config.eos_token_ids) | tokenizer.eos_ids
+    # Files may name end tokens that the model does not have; these are never generated.
+    eos_ids = frozenset(i for i in {*config.eos_token_ids, *tokenizer.eos_ids} if i < config.vocab_size)
     deadline = time.monotonic() + settings.request_timeout
     draft = _draft_mode(services, body, lease)
     uses_adapter = draft == "private"
@@ -178,7 +193,7 @@ def build(
                 speculation=services.engine.speculation_for(draft),
             )
             hidden = eos_ids - frozenset(body.stop_token_ids or ())
-            checker = StopChecker(conditions, tokenizer.detokenizer(), hidden)
+            checker = StopChecker(conditions, detokenizer_of(tokenizer), hidden)
             sequence = Sequence(
                 f"{request_id}-{place * copies + copy}", state, checker, labels, deadline, body.priority
             )

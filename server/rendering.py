@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
+from eda.tokenizer import TextTokenizer
 from eda.verification import TokenLogprobs
 from server.engine.sequence import SequenceDelta
 from server.engine.stopping import FinishReason
@@ -17,7 +18,6 @@ from server.responses import (
     TopLogprob,
     Usage,
 )
-from server.tokenizer import TextTokenizer
 
 LOWEST_LOGPROB = -9999.0
 """Written for a probability of zero: JSON has no infinity."""

@@ -14,6 +14,7 @@ import typer
 from adapters.errors import AdapterServiceError
 from adapters.loading import ModelLoader
 from adapters.store import AdapterStore
+from eda.chat_template import ChatTemplateError
 from eda.draft import DraftModel
 from eda.errors import EdaError, MismatchError
 from eda.generation import Generation, GenerationRequest, summarise
@@ -22,9 +23,11 @@ from eda.private import PrivateModule
 from eda.sampling import SamplingParams
 from eda.speculative import Speculation, SpeculativeDecoder
 from eda.target import FineTune, TargetModel, load_fine_tune
+from eda.tokenizer import TextTokenizer
+from eda.tokenizer_files import load_tokenizer
 from server.models import ModelPaths, choose_device, load_pair, model_paths
 from server.settings import ConfigurationError, Settings, load_settings
-from server.tokenizer import ChatTemplateError, TextTokenizer
+from server.tokenizer import detokenizer_of
 
 
 class DraftChoice(StrEnum):
@@ -163,7 +166,8 @@ def load_model(settings: Settings, name: str, draft: DraftChoice | None) -> Load
         raise ConfigurationError(
             "there is no shared draft for this model; use --draft none, or eda train-draft first"
         )
-    return LoadedModel(target, shared, fine_tune, private, TextTokenizer.load(tokenizer_directory))
+    tokenizer = fine_tune.tokenizer or load_tokenizer(tokenizer_directory)
+    return LoadedModel(target, shared, fine_tune, private, tokenizer)
 
 
 def _private_module(
@@ -210,7 +214,7 @@ def _run(
     num_slots = len(request.prompt_ids) + request.max_tokens + request.speculation.slots
     draft = None if request.speculation.mode == "none" else loaded.draft
     decoder = SpeculativeDecoder(loaded.target, draft, num_slots=num_slots)
-    detokenizer = loaded.tokenizer.detokenizer()
+    detokenizer = detokenizer_of(loaded.tokenizer)
     pieces: list[str] = []
 
     def write(piece: str) -> None:

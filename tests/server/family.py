@@ -13,7 +13,8 @@ from transformers.utils import logging as transformers_logging
 from eda.draft import DraftConfig, DraftModel
 from eda.private import PrivateModule
 from eda.target import FineTune, TargetModel, load_fine_tune
-from server.tokenizer import TextTokenizer
+from eda.tokenizer import TextTokenizer
+from eda.tokenizer_files import load_tokenizer
 
 transformers_logging.disable_progress_bar()
 
@@ -144,4 +145,4 @@ class Family:
             "code": random_private(draft, 2),
             "full": random_private(draft, 3),
         }
-        return cls(directory, target, draft, fine_tunes, privates, TextTokenizer.load(directory / "base"))
+        return cls(directory, target, draft, fine_tunes, privates, load_tokenizer(directory / "base"))
