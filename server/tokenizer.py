@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from eda.errors import CheckpointError
+from eda.model_files import load_tokenizer
 from server.engine.detokenizer import IncrementalDetokenizer
 
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
@@ -59,15 +58,9 @@ class TextTokenizer:
         self.eos_ids = frozenset() if eos is None else frozenset({int(eos)})
 
     @classmethod
-    def load(cls, directory: Path) -> "TextTokenizer":
-        """Raises ``CheckpointError`` when the directory holds no usable tokenizer."""
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(directory), local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:
-            raise CheckpointError(f"{directory} holds no tokenizer that can be loaded: {error}") from error
-        return cls(tokenizer)
+    def load(cls, path: Path) -> "TextTokenizer":
+        """Of a directory or a GGUF file. Raises ``CheckpointError`` when it holds no usable tokenizer."""
+        return cls(load_tokenizer(path))
 
     @property
     def has_chat_template(self) -> bool:

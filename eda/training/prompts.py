@@ -11,6 +11,7 @@ from typing import Any, Self
 from transformers import AutoTokenizer
 
 from eda.errors import CheckpointError, DataError
+from eda.model_files import is_gguf, load_tokenizer
 
 Message = Mapping[str, str]
 
@@ -155,11 +156,13 @@ class ChatFormat:
 
     @classmethod
     def load(cls, *directories: Path, eos_ids: Sequence[int] = ()) -> Self:
-        """The tokenizer of the first of ``directories`` that has one (the fine-tune's, then the base's).
+        """The tokenizer of the first of ``directories`` (or GGUF files) that has one: the fine-tune's, then the base's.
 
         Raises ``CheckpointError`` when none has.
         """
         for directory in directories:
+            if is_gguf(directory):
+                return cls(load_tokenizer(directory), eos_ids)
             if (directory / "tokenizer.json").exists() or (directory / "tokenizer_config.json").exists():
                 try:
                     return cls(AutoTokenizer.from_pretrained(str(directory)), eos_ids)
