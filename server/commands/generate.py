@@ -133,8 +133,9 @@ def load_model(settings: Settings, name: str, draft: DraftChoice | None) -> Load
     device = choose_device(settings.device)
     directory = Path(name)
     try:
-        # Nothing of the family belongs to a GGUF file that is named by itself.
-        paths = ModelPaths(directory, None, {}, None) if is_gguf(directory) else model_paths(settings)
+        # Nothing of the family belongs to another GGUF file than its own target.
+        alone = is_gguf(directory) and directory != settings.target
+        paths = ModelPaths(directory, None, {}, None) if alone else model_paths(settings)
     except ConfigurationError:
         if not (directory / "config.json").is_file():
             raise
