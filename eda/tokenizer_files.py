@@ -12,6 +12,8 @@ from transformers import AutoTokenizer
 from eda.chat_template import template_source
 from eda.config import read_json
 from eda.errors import CheckpointError, MismatchError
+from eda.gguf_file.tokenizer import read_tokenizer
+from eda.model_files import is_gguf
 from eda.tokenizer import TextTokenizer
 
 logger = logging.getLogger(__name__)
@@ -42,16 +44,16 @@ _PROBES = (
 )
 
 
-def load_tokenizer(directory: Path) -> TextTokenizer:
-    """The tokenizer of a model directory.
+def load_tokenizer(path: Path) -> TextTokenizer:
+    """The tokenizer of a GGUF file or a model directory.
 
-    Text is cut into tokens by ``tokenizer.json`` alone; ``tokenizer_config.json`` says which tokens are special and
-    whether a text begins with one. transformers, which rebuilds some tokenizers by the name of their class, is asked
+    In a directory text is cut into tokens by ``tokenizer.json`` alone; ``tokenizer_config.json`` says which tokens are
+    special and whether a text begins with one. transformers, which rebuilds some tokenizers by the name of their class, is asked
     too, and where its tokens differ a warning says so.
 
-    Raises ``CheckpointError`` when the directory holds no usable tokenizer.
+    Raises ``CheckpointError`` when there is no usable tokenizer.
     """
-    return _load(directory, None)
+    return read_tokenizer(path) if is_gguf(path) else _load(path, None)
 
 
 def load_own_tokenizer(directory: Path, base_directory: Path, vocab_size: int) -> TextTokenizer | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from eda.draft import DraftModel
+from eda.model_files import is_gguf
 from eda.target import TargetModel
 from server.settings import BUNDLED_MODELS, ConfigurationError, Settings
 
@@ -14,7 +15,7 @@ NOT_FINE_TUNES = frozenset({"base", "draft", "adapters"})
 
 @dataclass(frozen=True, slots=True)
 class ModelPaths:
-    """Directories after all defaults. ``draft`` is ``None`` for a server without one."""
+    """Directories after all defaults; ``target`` may be a GGUF file. ``draft`` is ``None`` for a server without one."""
 
     target: Path
     draft: Path | None
@@ -47,7 +48,10 @@ def model_paths(settings: Settings) -> ModelPaths:
         if bundled is None and (family / "adapters").is_dir():
             bundled = family / "adapters"
     for name, path in {"target": target, "draft": draft, **fine_tunes}.items():
-        if path is not None and not path.is_dir():
+        if name == "target" and is_gguf(target):
+            if not target.is_file():
+                raise ConfigurationError(f"target: there is no file {target}")
+        elif path is not None and not path.is_dir():
             raise ConfigurationError(f"{name}: there is no directory {path}")
     return ModelPaths(target, None if settings.no_draft else draft, fine_tunes, bundled)
 

@@ -39,7 +39,7 @@ class Settings(BaseSettings):
     models_dir: Path = Field(
         BUNDLED_MODELS, description="family directory that the other model settings default to"
     )
-    target: Path | None = Field(None, description="base model directory [models_dir/base]")
+    target: Path | None = Field(None, description="base model: directory or GGUF file [models_dir/base]")
     draft: Path | None = Field(None, description="shared draft directory [models_dir/draft, if there is one]")
     no_draft: bool = Field(False, description="serve without a draft")
     fine_tunes: dict[str, Path] = Field(

@@ -22,6 +22,7 @@ from eda.checkpoint import ADAPTER_CONFIG_FILE, resolve_directory
 from eda.draft import DraftModel
 from eda.errors import EdaError
 from eda.fingerprint import fingerprint_directory
+from eda.model_files import open_model
 from eda.training.files import hash_of_json, write_bytes_atomically
 from eda.training.prompts import Prompt, read_prompts
 from eda.training.selection import DEFAULT_SCORE, SCORES
@@ -165,7 +166,7 @@ def _specification(
 ) -> AdaptationSpec:
     """The job. Its id follows from everything that decides the result, so the same command finds its files again."""
     path = resolve_directory(fine_tune)
-    base = fingerprint_directory(target)
+    base = open_model(target).fingerprint
     own = fingerprint_directory(path)
     kind: TargetKind = "full"
     if (path / ADAPTER_CONFIG_FILE).exists():

@@ -19,6 +19,7 @@ from eda.draft import DraftModel
 from eda.errors import EdaError, MismatchError
 from eda.generation import Generation, GenerationRequest, summarise
 from eda.generation import generate as generate_batch
+from eda.model_files import is_gguf
 from eda.private import PrivateModule
 from eda.sampling import SamplingParams
 from eda.speculative import Speculation, SpeculativeDecoder
@@ -60,7 +61,8 @@ class LoadedModel:
 
 def generate(
     model: Annotated[
-        str, typer.Option(help="Served name (base, math, ...) or a directory: LoRA or checkpoint.")
+        str,
+        typer.Option(help="Served name (base, math, ...), a directory (LoRA or checkpoint) or a GGUF file."),
     ],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 256,
@@ -134,7 +136,9 @@ def load_model(settings: Settings, name: str, draft: DraftChoice | None) -> Load
     device = choose_device(settings.device)
     directory = Path(name)
     try:
-        paths = model_paths(settings)
+        # Nothing of the family belongs to another GGUF file than its own target.
+        alone = is_gguf(directory) and directory != settings.target
+        paths = ModelPaths(directory, None, {}, None) if alone else model_paths(settings)
     except ConfigurationError:
         if not (directory / "config.json").is_file():
             raise
