@@ -84,7 +84,7 @@ class TextTokenizer:
 
     def detokenizer(self) -> IncrementalDetokenizer:
         """A fresh detokenizer for one output."""
-        return IncrementalDetokenizer(self.decode, self.special_ids, self._joined_ids)
+        return IncrementalDetokenizer(self.decode, self._special, self._joined_ids)
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Messages to the text of a prompt that asks for the assistant's turn. Raises ``ChatTemplateError``."""
