@@ -103,6 +103,7 @@ class Sequence:
         checker: finds the end of the output; sees every token once.
         deadline: monotonic seconds after which the sequence is given up; ``None`` for never.
         priority: smaller ones are admitted first.
+        client: who asked; the queue is shared out between clients.
     """
 
     request_id: str
@@ -111,6 +112,7 @@ class Sequence:
     labels: SequenceLabels
     deadline: float | None = None
     priority: int = 0
+    client: str = ""
     status: SequenceStatus = SequenceStatus.WAITING
     aborted: bool = False
     num_prompt_tokens: int = field(init=False)
