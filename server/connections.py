@@ -6,6 +6,7 @@ import resource
 import time
 from typing import Any
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
@@ -20,6 +21,9 @@ a row."""
 OTHER_DESCRIPTORS = 128
 """File descriptors for models, database, worker and libraries."""
 FEWEST_CONNECTIONS = 8
+SMALL_PIECES = 4096
+SMALL_PIECE_BYTES = 64
+"""A body may come in this many pieces of fewer bytes on average."""
 LOG_PAUSE_SECONDS = 60.0
 
 
@@ -48,12 +52,38 @@ class ServerConfig(uvicorn.Config):
         self.max_connections = max_connections or settings.max_connections
 
 
+class BoundedParser(h11.Connection):
+    """h11's parser, which refuses bodies in very many tiny pieces: each costs it microseconds, and a body of a few MB
+    can have a million of them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER)
+        self._num_pieces = 0
+        self._num_bytes = 0
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._num_pieces = self._num_bytes = 0
+        elif isinstance(event, h11.Data):
+            self._num_pieces += 1
+            self._num_bytes += len(event.data)
+            if self._num_pieces > SMALL_PIECES and self._num_bytes < SMALL_PIECE_BYTES * self._num_pieces:
+                raise h11.RemoteProtocolError("the body comes in too many small pieces")
+        return event
+
+
 class BoundedProtocol(H11Protocol):
     """uvicorn's connection, which ends when nothing gets on: when the head of a request does not arrive, or when nobody
     reads the answer. uvicorn itself only ends connections that are silent after an answer.
     """
 
     config: ServerConfig
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.conn = BoundedParser()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)

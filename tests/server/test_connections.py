@@ -109,6 +109,17 @@ def test_a_body_after_the_answer_does_not_hold_a_connection(bounded: str) -> Non
         assert answer_of(sock, b"x").startswith(b"HTTP/1.1 413")
 
 
+@pytest.mark.parametrize(("size", "status"), [(1, 400), (100, 200)])
+def test_a_body_in_tiny_pieces(bounded: str, size: int, status: int) -> None:
+    content = b'{"model": "base", "prompt": "x", "max_tokens": 2' + b" " * (size * 20_000) + b"}"
+    pieces = [content[start : start + size] for start in range(0, len(content), size)]
+    with connection(bounded) as sock:
+        sock.sendall(HEAD + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n")
+        with contextlib.suppress(ConnectionError):  # it is refused before its end
+            sock.sendall(b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n")
+        assert answer_of(sock).startswith(b"HTTP/1.1 %d" % status)
+
+
 def test_too_many_connections(bounded: str) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(LIMITS.max_connections):
@@ -167,6 +178,7 @@ OUT_OF_DESCRIPTORS = """
     import asyncio, resource, sys
     from server.commands.serve import GracefulServer
     from server.connections import ServerConfig
+    from server.logs import configure_logs
     from server.services import Services
     from server.settings import Settings
 
@@ -175,6 +187,7 @@ OUT_OF_DESCRIPTORS = """
         await send({"type": "http.response.body", "body": b""})
 
     settings = Settings(port=0, head_seconds=600)
+    configure_logs(settings)
     server = GracefulServer(ServerConfig(app, settings, lifespan="off", log_config=None), Services(settings))
 
     async def main():
@@ -182,7 +195,7 @@ OUT_OF_DESCRIPTORS = """
         serving = asyncio.create_task(server.serve())
         while not server.started:
             await asyncio.sleep(0.01)
-        print(server.servers[0].sockets[0].getsockname()[1], file=sys.stderr, flush=True)
+        print(server.servers[0].sockets[0].getsockname()[1], flush=True)
         await serving
 
     asyncio.run(main())
@@ -194,15 +207,14 @@ def test_without_file_descriptors_the_server_waits_quietly(tmp_path: Path) -> No
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(OUT_OF_DESCRIPTORS)],
-            stdout=output,
-            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=output,
             text=True,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         )
     try:
-        assert process.stderr is not None
-        line = process.stderr.readline()
-        url = f"http://127.0.0.1:{int(line)}"
+        assert process.stdout is not None
+        url = f"http://127.0.0.1:{int(process.stdout.readline())}"
         with contextlib.ExitStack() as stack:
             for _ in range(60):
                 stack.enter_context(connection(url))
@@ -215,9 +227,8 @@ def test_without_file_descriptors_the_server_waits_quietly(tmp_path: Path) -> No
     finally:
         process.terminate()
         process.wait(10)
-        rest = process.stderr.read()
-        process.stderr.close()
-    written = log.read_text() + rest
+        process.stdout.close()
+    written = log.read_text()
     assert written.count("no connection can be accepted") == 1
     assert len(written) < 5000
 

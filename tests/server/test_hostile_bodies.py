@@ -14,9 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from server.adapter_schemas import CreateAdapterRequest
 from server.bodies import VALUES_PER_CONTAINER, check_json, has_more_values
 from server.errors import ApiError
+from server.schemas import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, RequestModel
 
 SIZE = 3_900_000
 """Bytes, just below what the server reads."""
@@ -126,6 +129,31 @@ def test_health_answers_whatever_is_sent(url: str, name: str) -> None:
             assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     if name in ("empty lists", "lists of one", "texts"):
         assert "more than 262144 values" in answers[0].json()["error"]["message"]
+
+
+WRONG: list[tuple[type[RequestModel], dict[str, Any]]] = [
+    (CompletionRequest, {"prompt": [{}] * 1000}),
+    (CompletionRequest, {"prompt": [[{}]] * 1000}),
+    (CompletionRequest, {"stop": [{}] * 1000}),
+    (CompletionRequest, {"stop_token_ids": [{}] * 60}),
+    (CompletionRequest, {"logit_bias": {f"x{place}": 1 for place in range(2000)}}),
+    (CompletionRequest, {f"x{place}": 1 for place in range(1000)}),
+    (ChatCompletionRequest, {"messages": [{}] * 1000}),
+    (ChatCompletionRequest, {"messages": [{"role": "user", "content": [{}] * 1000}]}),
+    (ChatCompletionRequest, {"metadata": {str(place): 1 for place in range(1000)}}),
+    (DetokenizeRequest, {"tokens": [{}] * 1000}),
+    (CreateAdapterRequest, {"data": {"prompts": [{}] * 1000}}),
+    (CreateAdapterRequest, {"data": {"prompts": [[{}] * 1000]}}),
+]
+
+
+@pytest.mark.parametrize(("model", "body"), WRONG)
+def test_a_thousand_wrong_values_are_not_a_thousand_errors(
+    model: type[RequestModel], body: dict[str, Any]
+) -> None:
+    with pytest.raises(ValidationError) as raised:
+        model.model_validate(body)
+    assert raised.value.error_count() < 20
 
 
 JSON = st.recursive(
