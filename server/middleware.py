@@ -28,6 +28,8 @@ CLIENT_CLOSED_REQUEST = 499
 QUIET_PATHS = ("/health", "/ready", "/metrics")
 LARGE_BODY = 64 * 1024
 """Bytes of a body above which parsing it takes turns."""
+LONGEST_TURN = 0.25
+"""Seconds."""
 DRAIN_POLL_SECONDS = 0.5
 """How often a body that does not come looks whether the server shuts down."""
 
@@ -111,7 +113,9 @@ class GateMiddleware:
                 self._check_stated_size(scope)
             # Read here and not by the route: the framework would report an error from receive() as a bad body.
             body = await self._read(receive)
-            self._check_values(scope, body)
+            is_form = _is_form(scope)
+            if not is_form:
+                check_json(body, self._services.settings.max_body_values)
         except ClientDisconnect:
             return
         except ApiError as refusal:
@@ -123,7 +127,7 @@ class GateMiddleware:
         async def replay() -> Message:
             return messages.popleft() if messages else await receive()
 
-        if len(body) <= LARGE_BODY:
+        if is_form or len(body) <= LARGE_BODY:
             await self._app(scope, replay, send)
         else:
             await self._turns.run(self._app, scope, replay, send)
@@ -160,10 +164,11 @@ class GateMiddleware:
     def _too_large(self) -> BodyTooLargeError:
         return BodyTooLargeError(f"the body is larger than {self._services.settings.max_body_bytes} bytes")
 
-    def _check_values(self, scope: Scope, body: bytes) -> None:
-        content_type = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
-        if not content_type.lower().startswith(b"multipart/"):
-            check_json(body, self._services.settings.max_body_values)
+
+def _is_form(scope: Scope) -> bool:
+    """Forms are parsed piece by piece, and their JSON is counted where it is taken out."""
+    content_type = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
+    return bytes(content_type).lower().startswith(b"multipart/")
 
 
 class RateLimits:
@@ -200,7 +205,9 @@ class Turns:
         self._lock = asyncio.Lock()
 
     async def run(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """Runs ``app``, whose turn is over when it has read the body and goes on to read or to send something else."""
+        """Runs ``app``, whose turn is over when it has read the body and goes on to read or to send something else, or
+        after ``LONGEST_TURN``: then it waits for something else than the event loop.
+        """
         await self._lock.acquire()
         start: float | None = time.monotonic()
         loop = asyncio.get_running_loop()
@@ -208,9 +215,10 @@ class Turns:
         def end() -> None:
             nonlocal start
             if start is not None:
-                loop.call_later(time.monotonic() - start, self._lock.release)
+                loop.call_later(min(time.monotonic() - start, LONGEST_TURN), self._lock.release)
                 start = None
 
+        loop.call_later(LONGEST_TURN, end)
         num_received = 0
 
         async def receive_and_end() -> Message:
