@@ -62,12 +62,12 @@ class TextTokenizer:
             self.joined_ids = frozenset(
                 i for token, i in vocabulary.items() if _BYTE_FALLBACK.fullmatch(token)
             )
-        self._special: dict[int, str] = {
+        self.special_texts: dict[int, str] = {
             token_id: token.content
             for token_id, token in backend.get_added_tokens_decoder().items()
             if token.special
         }
-        self.special_ids = frozenset(self._special)
+        self.special_ids = frozenset(self.special_texts)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.longest_token = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
         self.bos_id = self._id_of("bos_token")
@@ -91,10 +91,11 @@ class TextTokenizer:
         return self.chat_template
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        if not add_special_tokens or self.prefix is None:
-            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-            return ids
-        return [*self.prefix, *self.backend.encode(text, add_special_tokens=False).ids, *self.suffix]
+        own = add_special_tokens and self.prefix is not None
+        # As a batch: encode() holds the interpreter's lock, so that a long text would stop all other threads.
+        [encoding] = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens and not own)
+        ids: list[int] = encoding.ids
+        return [*(self.prefix or ()), *ids, *self.suffix] if own else ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """All ids to text, special tokens left out; ids outside the vocabulary have no text."""
@@ -110,8 +111,8 @@ class TextTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for; a token may hold a part of a character only."""
-        if token_id in self._special:
-            return self._special[token_id].encode()
+        if token_id in self.special_texts:
+            return self.special_texts[token_id].encode()
         token: str | None = self.backend.id_to_token(token_id)
         if token is None:
             return b""

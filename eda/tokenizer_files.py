@@ -48,8 +48,8 @@ def load_tokenizer(path: Path) -> TextTokenizer:
     """The tokenizer of a GGUF file or a model directory.
 
     In a directory text is cut into tokens by ``tokenizer.json`` alone; ``tokenizer_config.json`` says which tokens are
-    special and whether a text begins with one. transformers, which rebuilds some tokenizers by the name of their class, is asked
-    too, and where its tokens differ a warning says so.
+    special and whether a text begins with one. transformers, which rebuilds some tokenizers by the name of their class,
+    is asked too, and where its tokens differ a warning says so.
 
     Raises ``CheckpointError`` when there is no usable tokenizer.
     """

@@ -21,6 +21,9 @@ class PromptMessage(RequestModel):
     content: str
 
 
+PromptBody = str | Annotated[list[PromptMessage], Field(fail_fast=True)]
+
+
 class TargetBody(RequestModel):
     """The fine-tune: a PEFT LoRA directory or a full checkpoint."""
 
@@ -41,7 +44,9 @@ class TrafficBody(RequestModel):
 class DataBody(RequestModel):
     """Where prompts come from: exactly one of the fields. A file is uploaded to ``.../upload`` instead."""
 
-    prompts: Annotated[list[str | list[PromptMessage]], Field(min_length=1, max_length=100_000)] | None = None
+    prompts: Annotated[list[PromptBody], Field(min_length=1, max_length=100_000, fail_fast=True)] | None = (
+        None
+    )
     path: Path | None = Field(
         None, description="JSON lines with prompt or messages, below the allowed directories"
     )

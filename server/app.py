@@ -6,9 +6,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 
-from server.auth import KeyRing
 from server.engine.engine import EngineStoppedError
 from server.error_handlers import install_handlers
 from server.logs import logger
@@ -41,9 +41,17 @@ def create_app(services: Services) -> FastAPI:
     offered = (completions, chat, models, operations, adapters, jobs)
     for router in (*(module.router for module in offered), *services.routers):
         app.include_router(router)
-    keys = KeyRing(services.settings)
     # The last one added is the first to see a request.
-    app.add_middleware(GateMiddleware, keys=keys, max_body_bytes=services.settings.max_body_bytes)
+    app.add_middleware(GateMiddleware, services=services)
+    origins = services.settings.allowed_origins
+    if origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     app.add_middleware(RequestLogMiddleware)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app

@@ -6,8 +6,10 @@
     ├── AuthenticationError          401   no key, or an unknown one
     ├── PermissionDeniedError        403   a valid key that may not do this
     ├── UnknownModelNameError        404   no such model or fine-tune
+    ├── BodyTimeoutError             408   the body did not arrive in time
     ├── BodyTooLargeError            413
     ├── OverloadedError              429   the waiting queue is full; carries Retry-After
+    ├── RateLimitError               429   this key asks too often; carries Retry-After
     ├── RequestFailedError           500   the model failed on this request
     ├── UnavailableError             503   starting, draining or broken; carries Retry-After
     └── TimeLimitError               504   the request's deadline passed
@@ -90,8 +92,20 @@ class UnknownModelNameError(ApiError):
     code = "model_not_found"
 
 
+class BodyTimeoutError(ApiError):
+    """The body did not arrive in time."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "body_timeout"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Connection": "close"}
+
+
 class BodyTooLargeError(ApiError):
-    """The body is larger than the server reads."""
+    """The body is larger than the server reads, or holds more values."""
 
     status = 413
     type = "invalid_request_error"
@@ -105,6 +119,22 @@ class OverloadedError(ApiError):
     type = "rate_limit_error"
     code = "queue_full"
     retry_after = RETRY_AFTER_SECONDS
+
+
+class RateLimitError(ApiError):
+    """This key, or this address, asks too often."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self._retry_after = retry_after
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(self._retry_after)}
 
 
 class RequestFailedError(ApiError):

@@ -1,22 +1,33 @@
 """Request bodies of the OpenAI endpoints and their extensions.
 
-Unknown parameters are refused by name. ``null`` means "not given", also for the parameters of OpenAI's API that this
-server does not have.
+Unknown parameters are refused by name. Parameters of OpenAI's API that this server does not have are taken where they
+ask for nothing: ``null``, and the values in ``NEUTRAL``.
+
+Lists stop at their first wrong item and objects at their first unknown name: one error is told, and a body of a million
+wrong values must not cost a million of them.
 """
 
+import json
+from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, model_validator
+from pydantic.fields import FieldInfo
 
 from server.validation import ParameterError
 
 Text = Annotated[str, Field(max_length=2**31 - 1)]
 """Any text. The limit is no limit: with one, half of a surrogate pair, which JSON can spell, is refused."""
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 TokenIdText = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+Label = Annotated[str, Field(max_length=512)]
+
+NO_EFFECT = "accepted for compatibility; has no effect"
+MAX_PROMPTS = 1024
 
 
 class RequestModel(BaseModel):
@@ -24,21 +35,61 @@ class RequestModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    UNSUPPORTED: ClassVar[frozenset[str]] = frozenset()
-    """Parameters of OpenAI's API that are refused unless they are ``null``."""
+    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Parameters of OpenAI's API that this server does not have, with the values, beside ``null``, that ask for nothing
+    and are taken."""
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_nulls(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
+    def _drop_neutral(cls, data: Any) -> Any:
+        known = _names_of(cls)
+        if not isinstance(data, dict) or (data.keys() <= known.keys() and None not in data.values()):
             return data
-        return {
-            name: value for name, value in data.items() if value is not None or name not in cls.UNSUPPORTED
-        }
+        kept: dict[Any, Any] = {}
+        has_unknown = False
+        for name, value in data.items():
+            if name in known:
+                if value is not None or known[name].is_required():
+                    kept[name] = value
+            elif name not in cls.NEUTRAL:
+                if not has_unknown:  # one is enough for the error
+                    has_unknown, kept[name] = True, value
+            elif value is not None and not any(_is_same(value, neutral) for neutral in cls.NEUTRAL[name]):
+                raise ParameterError(name, _only_neutral(name, cls.NEUTRAL[name]), "unsupported_parameter")
+        return kept
+
+
+@cache
+def _names_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
+def _is_same(value: Any, neutral: Any) -> bool:
+    """Equal and of the same type: to Python, ``false`` and ``0`` are equal."""
+    return type(value) is type(neutral) and bool(value == neutral)
+
+
+def _only_neutral(name: str, values: tuple[Any, ...]) -> str:
+    if not values:
+        return f"the parameter '{name}' is not supported"
+    return f"the parameter '{name}' is only taken as {' or '.join(json.dumps(value) for value in values)}"
+
+
+def _at_most(limit: int) -> BeforeValidator:
+    """Counts the entries of an object before it looks at them."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > limit:
+            raise ValueError(f"{len(value)} entries; at most {limit} are taken")
+        return value
+
+    return BeforeValidator(check)
 
 
 class StreamOptions(RequestModel):
     """What a stream carries beside the text."""
+
+    NEUTRAL = {"include_obfuscation": (False,)}
 
     include_usage: bool = Field(False, description="end with a chunk that has the usage and no choices")
 
@@ -53,7 +104,7 @@ class GenerationOptions(RequestModel):
     n: int | None = Field(None, ge=1, le=1024, description="completions of each prompt; default 1")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: StopString | list[StopString] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=1024, fail_fast=True)] | None = None
     seed: int | None = Field(
         None,
         ge=-(2**63),
@@ -62,10 +113,12 @@ class GenerationOptions(RequestModel):
     )
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: (
-        dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]] | None
-    ) = Field(None, description="token id -> number added to its logit")
-    user: str | None = Field(None, max_length=512, description="accepted for compatibility; has no effect")
+    logit_bias: Annotated[dict[TokenIdText, Bias] | None, _at_most(1024)] = Field(
+        None, description="token id -> number added to its logit"
+    )
+    user: Label | None = Field(None, description=NO_EFFECT)
+    safety_identifier: Label | None = Field(None, description=NO_EFFECT)
+    prompt_cache_key: Label | None = Field(None, description=NO_EFFECT)
 
     draft: Literal["private", "shared", "none"] = Field(
         "private",
@@ -74,7 +127,7 @@ class GenerationOptions(RequestModel):
     top_k: int | None = Field(None, ge=-1, le=2**31 - 1, description="0 or -1: off")
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100, description="1: off")
-    stop_token_ids: list[TokenId] | None = Field(None, max_length=64)
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: int = Field(0, ge=0, le=2**31 - 1)
@@ -93,7 +146,7 @@ class GenerationOptions(RequestModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> "GenerationOptions":
-        if self.stream_options is not None and not self.stream:
+        if self.includes_usage and not self.stream:
             raise ParameterError("stream_options", "stream_options may only be given when stream is true")
         return self
 
@@ -101,10 +154,16 @@ class GenerationOptions(RequestModel):
 class CompletionRequest(GenerationOptions):
     """``POST /v1/completions``."""
 
-    UNSUPPORTED: ClassVar[frozenset[str]] = frozenset({"best_of", "suffix"})
+    NEUTRAL = {"suffix": ("",)}
 
-    prompt: Text | list[Text] | TokenIds | list[TokenIds] = Field(
-        description="text, token ids, or a list of either; every prompt gets n completions"
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+    ) = Field(description="text, token ids, or a list of either; every prompt gets n completions")
+    best_of: int | None = Field(
+        None, ge=1, le=1024, description="n, or not given: all completions are returned"
     )
     logprobs: int | None = Field(
         None, ge=0, le=100, description="log-probabilities of this many likeliest tokens"
@@ -116,6 +175,12 @@ class CompletionRequest(GenerationOptions):
         if isinstance(self.prompt, list) and not self.prompt:
             raise ParameterError(
                 "prompt", "prompt is an empty list; give a text, token ids, or a list of either"
+            )
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ParameterError(
+                "best_of",
+                f"best_of is {self.best_of}; it is only taken where it equals n, which is {self.n or 1}",
+                "unsupported_parameter",
             )
         if self.echo and self.logprobs is not None:
             raise ParameterError(
@@ -140,19 +205,31 @@ class CompletionRequest(GenerationOptions):
 class TextPart(RequestModel):
     """A part of a message; text is the only kind that is supported."""
 
+    NEUTRAL = {"annotations": ([],)}
+
     type: Literal["text"]
     text: Text
+    cache_control: dict[str, Any] | None = Field(None, description=NO_EFFECT)
 
 
 class ChatMessage(RequestModel):
     """One message of a conversation."""
 
-    UNSUPPORTED: ClassVar[frozenset[str]] = frozenset(
-        {"name", "refusal", "audio", "tool_calls", "function_call", "annotations", "tool_call_id"}
-    )
+    NEUTRAL = {
+        "annotations": ([],),
+        "audio": (),
+        "function_call": (),
+        "reasoning": ("",),
+        "reasoning_content": ("",),
+        "refusal": ("",),
+        "tool_call_id": (),
+        "tool_calls": ([],),
+    }
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)] | None = None
+    content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] | None = None
+    name: Label | None = Field(None, description=NO_EFFECT)
+    cache_control: dict[str, Any] | None = Field(None, description=NO_EFFECT)
 
     @model_validator(mode="after")
     def _check_content(self) -> "ChatMessage":
@@ -172,36 +249,38 @@ class ChatMessage(RequestModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
+
+
 class ChatCompletionRequest(GenerationOptions):
     """``POST /v1/chat/completions``."""
 
-    UNSUPPORTED: ClassVar[frozenset[str]] = frozenset(
-        {
-            "audio",
-            "function_call",
-            "functions",
-            "metadata",
-            "modalities",
-            "parallel_tool_calls",
-            "prediction",
-            "reasoning_effort",
-            "response_format",
-            "service_tier",
-            "store",
-            "tool_choice",
-            "tools",
-            "web_search_options",
-        }
-    )
+    NEUTRAL = {
+        "audio": (),
+        "function_call": ("none", "auto"),
+        "functions": ([],),
+        "modalities": (["text"],),
+        "parallel_tool_calls": (True, False),
+        "prediction": (),
+        "reasoning_effort": ("none",),
+        "response_format": ({"type": "text"},),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+        "verbosity": ("medium",),
+        "web_search_options": (),
+    }
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+    messages: Messages
+    metadata: Annotated[dict[Label, Label] | None, _at_most(16)] = Field(None, description=NO_EFFECT)
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="wins over max_tokens")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=100)
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> "ChatCompletionRequest":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ParameterError("top_logprobs", "top_logprobs may only be given when logprobs is true")
         return self
 
@@ -215,7 +294,7 @@ class TokenizeRequest(RequestModel):
 
     model: str | None = Field(None, description="a served model; default: the base")
     prompt: Text | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = Field(
         None, description="default: true for a prompt, false for messages"
     )
@@ -232,4 +311,4 @@ class DetokenizeRequest(RequestModel):
     """``POST /detokenize``."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]

@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+from limits import parse as parse_rate
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
@@ -122,6 +123,25 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="largest request body, bytes")
+    max_body_values: int = Field(
+        262_144, ge=1024, description="JSON values in a body; a list or an object counts as eight"
+    )
+    body_seconds: float = Field(60.0, gt=0, description="seconds that a body may take to arrive")
+    head_seconds: float = Field(
+        10.0,
+        gt=0,
+        description="seconds that the head of a request may take to arrive, on a new connection too",
+    )
+    unread_seconds: float = Field(
+        60.0, gt=0, description="seconds after which a client that reads nothing of its answer is given up"
+    )
+    max_connections: int = Field(1024, ge=1, description="open connections; further ones get 503")
+    allowed_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="other sites whose pages may use the server, comma-separated, as https://chat.example"
+    )
+    rate_limit: str | None = Field(
+        None, description='requests of one key (address without keys), as "60/minute" [no limit]'
+    )
     max_sequences_per_request: int = Field(
         64, ge=1, description="prompts times n; never more than max_waiting"
     )
@@ -141,10 +161,22 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_prompts: bool = Field(False, description="write prompts to the log; off unless you ask")
 
-    @field_validator("api_keys", mode="before")
+    @field_validator("rate_limit")
     @classmethod
-    def _split_keys(cls, value: Any) -> Any:
-        return [key.strip() for key in value.split(",") if key.strip()] if isinstance(value, str) else value
+    def _check_rate(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                parse_rate(value)
+            except ValueError:
+                raise ValueError(f"{value!r} is no rate; write it as 60/minute or 5/second") from None
+        return value
+
+    @field_validator("api_keys", "allowed_origins", mode="before")
+    @classmethod
+    def _split_at_commas(cls, value: Any) -> Any:
+        return (
+            [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+        )
 
     @field_validator("adapter_roots", mode="before")
     @classmethod

@@ -23,6 +23,8 @@ from server.rendering import Collected, metrics_of
 from server.services import Services
 
 DONE = "data: [DONE]\n\n"
+LOGPROBS_INLINE = 256
+"""Tokens with log-probabilities up to which an answer is written in the event loop; each may list many others."""
 
 
 class Renderer(ABC):
@@ -51,6 +53,8 @@ async def respond(
     services: Services, http: Request, prepared: PreparedRequest, renderer: Renderer, *, stream: bool
 ) -> Response:
     """Queues the request and answers it. The lease is given back when the answer is over, however it ends."""
+    for sequence in prepared.sequences:
+        sequence.client = http.state.client.name
     try:
         outputs = services.engine.open(prepared.sequences)
     except EngineError as error:
@@ -84,7 +88,9 @@ async def _whole(
             collected = collecting.result()
         except EngineError as error:
             raise _told(prepared, error) from error
-        return json_response(renderer.body(prepared, collected))
+        if sum(len(output.logprobs) for output in collected) <= LOGPROBS_INLINE:
+            return json_response(renderer.body(prepared, collected))
+        return await asyncio.to_thread(lambda: json_response(renderer.body(prepared, collected)))
     finally:
         for task in (collecting, leaving):
             task.cancel()

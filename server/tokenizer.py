@@ -11,7 +11,7 @@ from server.engine.detokenizer import IncrementalDetokenizer
 
 def detokenizer_of(tokenizer: TextTokenizer) -> IncrementalDetokenizer:
     """A fresh detokenizer for one output."""
-    return IncrementalDetokenizer(tokenizer.decode, tokenizer.special_ids, tokenizer.joined_ids)
+    return IncrementalDetokenizer(tokenizer.decode, tokenizer.special_texts, tokenizer.joined_ids)
 
 
 async def render_chat(

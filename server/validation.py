@@ -14,9 +14,10 @@ Problem = Mapping[str, Any]
 class ParameterError(ValueError):
     """Raised by validators that look at several parameters together; ``param`` is the one to blame."""
 
-    def __init__(self, param: str, message: str) -> None:
+    def __init__(self, param: str, message: str, code: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+        self.code = code
 
 
 def from_problems(problems: Sequence[Problem], *, root: str = "") -> InvalidRequestError:
@@ -47,7 +48,7 @@ def from_problems(problems: Sequence[Problem], *, root: str = "") -> InvalidRequ
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, ParameterError):
         param = f"{param}.{cause.param}" if param else cause.param
-        return InvalidRequestError(str(cause), param=param)
+        return InvalidRequestError(str(cause), param=param, code=cause.code)
     message = str(first["msg"]).removeprefix("Value error, ")
     return InvalidRequestError(f"{param or 'body'}: {message}{_given(first.get('input'))}", param=param)
 

@@ -1,6 +1,7 @@
 """`eda serve`: the server."""
 
 import asyncio
+import gc
 import json
 import signal
 import socket
@@ -13,10 +14,11 @@ import typer
 import uvicorn
 
 from server.app import create_app
+from server.connections import AcceptErrors, ServerConfig, room_for_connections
 from server.loading import load_runtime
 from server.logs import configure_logs, logger
 from server.models import model_paths
-from server.services import Services
+from server.services import Runtime, Services
 from server.settings import ConfigurationError, Settings, load_settings
 
 PATH = "Paths"
@@ -50,6 +52,7 @@ class GracefulServer(uvicorn.Server):
                 signal.signal(number, handler)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(AcceptErrors())
         await super().startup(sockets)
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
@@ -174,13 +177,17 @@ def serve(
 
 def run(settings: Settings) -> int:
     """Serves until a signal comes. Returns the process's exit status: 0, or 1 when something broke."""
-    services = Services(settings, load=load_runtime)
-    config = uvicorn.Config(
+    services = Services(settings, load=_load)
+    max_connections = room_for_connections(settings.max_connections)
+    if max_connections < settings.max_connections:
+        logger().warning(
+            "few file descriptors", limit=max_connections, max_connections=settings.max_connections
+        )
+    config = ServerConfig(
         create_app(services),
-        host=settings.host,
-        port=settings.port,
+        settings,
+        max_connections=max_connections,
         log_config=None,
-        access_log=False,
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
     )
     server = GracefulServer(config, services)
@@ -191,6 +198,14 @@ def run(settings: Settings) -> int:
         logger().error("stopped", reason=f"{type(server.failure).__name__}: {server.failure}")
         return 1
     return 0 if server.started else 1
+
+
+def _load(services: Services) -> Runtime:
+    """Loads the models and takes them out of garbage collection, which large bodies would make walk through them."""
+    runtime = load_runtime(services)
+    gc.collect()
+    gc.freeze()
+    return runtime
 
 
 def _fine_tunes(given: list[str] | None) -> dict[str, str] | None:

@@ -1,6 +1,7 @@
 """Token ids to text, one token at a time."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 
 REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that are no complete UTF-8 character."""
@@ -13,23 +14,23 @@ class IncrementalDetokenizer:
     complete. The pieces, joined and closed by ``flush()``, equal the decoding of all ids at once.
 
     Args:
-        decode: token ids to text; special tokens that are to be hidden must be named in ``skipped_ids``.
-        skipped_ids: ids that have no text. They are left out before decoding, so they cannot change the spacing of
-            their neighbours.
+        decode: token ids to text; special tokens that are to be hidden must be named in ``hidden_texts``.
+        hidden_texts: ids of special tokens, with the text that they stand for and that is not shown. They are left out
+            before decoding, so they cannot change the spacing of their neighbours.
         joined_ids: ids of single bytes whose run is decoded as one: a wrong byte spoils the right ones before it, so
             the text of a run is certain only when the run has ended.
     """
 
-    __slots__ = ("_decode", "_joined_ids", "_num_emitted", "_num_settled", "_skipped_ids", "_window")
+    __slots__ = ("_decode", "_hidden_texts", "_joined_ids", "_num_emitted", "_num_settled", "_window")
 
     def __init__(
         self,
         decode: Callable[[Sequence[int]], str],
-        skipped_ids: Collection[int] = (),
+        hidden_texts: Mapping[int, str] = MappingProxyType({}),
         joined_ids: Collection[int] = (),
     ) -> None:
         self._decode = decode
-        self._skipped_ids = skipped_ids
+        self._hidden_texts = hidden_texts
         self._joined_ids = joined_ids
         # Only the last settled piece and what follows it are decoded again. The settled piece stays in the window
         # because some decoders strip the space of the first token that they see.
@@ -39,7 +40,7 @@ class IncrementalDetokenizer:
 
     def push(self, token_id: int) -> str:
         """Returns the text that is certain now and was not before; often empty in the middle of a character."""
-        if token_id in self._skipped_ids:
+        if token_id in self._hidden_texts:
             return ""
         self._window.append(token_id)
         if token_id in self._joined_ids:
@@ -53,6 +54,10 @@ class IncrementalDetokenizer:
         if len(certain) == len(text):
             self._settle()
         return piece
+
+    def hidden_text(self, token_id: int) -> str:
+        """What a special token stands for; empty for a token whose text is shown."""
+        return self._hidden_texts.get(token_id, "")
 
     def flush(self) -> str:
         """Returns what was held back: the replacement marks of characters that never became complete."""

@@ -8,6 +8,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -75,7 +76,8 @@ class Engine:
     Args:
         decoder: used by the engine's thread alone once ``start`` was called, except for ``fits``.
         scheduler: owned by the engine.
-        max_waiting: sequences that may wait for admission.
+        max_waiting: sequences that may wait for admission. When others have filled the queue, a client may still add
+            its share: ``max_waiting`` over the number of clients that wait, itself included.
     """
 
     def __init__(
@@ -93,8 +95,8 @@ class Engine:
         self._hooks = hooks
         self._max_waiting = max_waiting
         self._inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # guards _num_waiting and _accepting
-        self._num_waiting = 0
+        self._lock = threading.Lock()  # guards _waiting and _accepting
+        self._waiting: Counter[str] = Counter()  # sequences by client; clients without any are left out
         self._accepting = True
         self._stop_at: float | None = None
         self._failed_steps = 0
@@ -113,21 +115,35 @@ class Engine:
         """Queues all of ``sequences`` or none.
 
         Raises:
-            QueueFullError: they would exceed the waiting queue.
+            QueueFullError: they would exceed the waiting queue and their client's share of it.
             EngineStoppedError: the engine is draining or broken.
         """
         with self._lock:
             if not self._accepting:
                 raise EngineStoppedError("the engine takes no more requests: it is shutting down or broken")
-            if self._num_waiting + len(sequences) > self._max_waiting:
-                raise QueueFullError(
-                    f"{self._num_waiting} sequences are waiting and {len(sequences)} more do not fit; "
-                    f"the limit is {self._max_waiting}"
-                )
-            self._num_waiting += len(sequences)
+            self._check_room(sequences)
+            self._waiting.update(sequence.client for sequence in sequences)
             # Under the lock, so that an engine that is just ending cannot miss a sequence that it has accepted.
             for sequence in sequences:
                 self._inbox.put(sequence)
+
+    def _check_room(self, sequences: list[Sequence]) -> None:
+        num_waiting = self._waiting.total()
+        if num_waiting + len(sequences) <= self._max_waiting:
+            return
+        client = sequences[0].client
+        share = self._max_waiting // len(self._waiting.keys() | {client})
+        if self._waiting[client] + len(sequences) > share:
+            raise QueueFullError(
+                f"{num_waiting} sequences are waiting, {self._waiting[client]} of them yours, and {len(sequences)} "
+                f"more do not fit; the limit is {self._max_waiting}, your share now {share}"
+            )
+
+    def _leave(self, sequences: Iterable[Sequence]) -> None:
+        """These wait no longer."""
+        with self._lock:
+            self._waiting.subtract(sequence.client for sequence in sequences)
+            self._waiting = +self._waiting
 
     def abort(self, sequences: Iterable[Sequence]) -> None:
         """Ends sequences at the next step; finished ones are left as they are."""
@@ -168,7 +184,8 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        return self._num_waiting
+        with self._lock:
+            return self._waiting.total()
 
     @property
     def num_running(self) -> int:
@@ -217,10 +234,11 @@ class Engine:
         return self._scheduler.has_work and time.monotonic() < self._stop_at
 
     def _admit(self, now: float) -> list[Output]:
-        before = self._scheduler.num_waiting
+        num_running = len(self._scheduler.running)
         refused = self._scheduler.admit(now)
-        with self._lock:
-            self._num_waiting -= before - self._scheduler.num_waiting
+        left = [*self._scheduler.running[num_running:], *(sequence for sequence, _ in refused)]
+        if left:
+            self._leave(left)
         self._tell_waiting(now)
         return [self._end(sequence, FinishReason.ERROR, error) for sequence, error in refused]
 
@@ -333,10 +351,10 @@ class Engine:
         return sequence, SequenceDelta(finish_reason=reason, error=error)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        before = self._scheduler.num_waiting
+        num_waiting = self._scheduler.num_waiting
         self._scheduler.remove(sequence)
-        with self._lock:
-            self._num_waiting -= before - self._scheduler.num_waiting
+        if self._scheduler.num_waiting < num_waiting:
+            self._leave([sequence])
         sequence.finish_reason = reason
         sequence.timing.finished = time.monotonic()
         self._hooks.on_finish(sequence)
@@ -356,7 +374,7 @@ class Engine:
                 self._finish(sequence, FinishReason.ERROR)
             outputs.append((sequence, SequenceDelta(finish_reason=FinishReason.ERROR, error=error)))
         with self._lock:
-            self._num_waiting = 0
+            self._waiting.clear()
         if outputs:
             self._hooks.on_outputs(outputs)
 

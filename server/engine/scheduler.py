@@ -39,8 +39,13 @@ class SchedulerLimits:
 class Scheduler:
     """Continuous batching: sequences join and leave between any two steps.
 
-    Sequences wait in the order of (priority, arrival) and are admitted from the front only: one that does not fit is
-    not overtaken, so a long prompt cannot starve.
+    Sequences wait in the order of (priority, start tag, arrival) and are admitted from the front only: one that does
+    not fit is not overtaken by others of its client, so a long prompt cannot starve.
+
+    Start tags share the cache out between clients. Each client's sequences are laid end to end, as long as the cache
+    slots that they reserve, and a client that comes anew begins where admission is: start-time fair queueing (Goyal,
+    Vin and Cheng, 1996). So a client with one sequence waits for about one of each other client, however many those
+    have sent.
     """
 
     def __init__(self, decoder: Decoder, limits: SchedulerLimits, policy: SpeculationPolicy) -> None:
@@ -48,7 +53,9 @@ class Scheduler:
         self._limits = limits
         self._policy = policy
         self._arrivals = 0
-        self._waiting: list[tuple[int, int, Sequence]] = []
+        self._waiting: list[tuple[int, int, int, Sequence]] = []
+        self._admitted_tag = 0
+        self._next_tags: dict[str, int] = {}
         self.running: list[Sequence] = []
 
     @property
@@ -62,22 +69,27 @@ class Scheduler:
     @property
     def sequences(self) -> list[Sequence]:
         """Everything that is waiting or running."""
-        return [*self.running, *(entry[2] for entry in self._waiting)]
+        return [*self.running, *(entry[-1] for entry in self._waiting)]
 
     @property
     def blocked(self) -> tuple[Sequence, str] | None:
         """The sequence at the front of the queue and what it waits for; for after ``admit``."""
         if not self._waiting:
             return None
-        first = self._waiting[0][2]
+        first = self._waiting[0][-1]
         if len(self.running) >= self._limits.max_running:
             return first, f"one of the {self._limits.max_running} places in the batch (max_running)"
         output = first.state.max_length - first.num_prompt_tokens
         return first, f"cache for {first.num_prompt_tokens} prompt tokens and up to {output} output tokens"
 
     def add(self, sequence: Sequence) -> None:
+        if not self._waiting:
+            self._next_tags.clear()  # who was admitted while nobody waited took nothing from anybody
         self._arrivals += 1
-        insort(self._waiting, (sequence.priority, self._arrivals, sequence), key=lambda entry: entry[:2])
+        tag = max(self._admitted_tag, self._next_tags.get(sequence.client, 0))
+        self._next_tags[sequence.client] = tag + sequence.state.max_length
+        entry = (sequence.priority, tag, self._arrivals, sequence)
+        insort(self._waiting, entry, key=lambda entry: entry[:3])
 
     def given_up(self, now: float) -> list[tuple[Sequence, FinishReason]]:
         """Sequences that must end before the next step: nobody listens any more, or their time is up."""
@@ -93,7 +105,7 @@ class Scheduler:
         """Moves sequences from waiting to running while there is room. Returns those that the decoder refused."""
         refused: list[tuple[Sequence, Exception]] = []
         while self._waiting and len(self.running) < self._limits.max_running:
-            sequence = self._waiting[0][2]
+            _, tag, _, sequence = self._waiting[0]
             try:
                 if not self._decoder.can_admit(sequence.state):
                     break
@@ -104,6 +116,7 @@ class Scheduler:
                 del self._waiting[0]
                 continue
             del self._waiting[0]
+            self._admitted_tag = max(self._admitted_tag, tag)
             sequence.status = SequenceStatus.RUNNING
             sequence.timing.admitted = now
             self.running.append(sequence)
@@ -138,7 +151,7 @@ class Scheduler:
             self.running.remove(sequence)
             self._decoder.release(sequence.state)
         elif sequence.status is SequenceStatus.WAITING:
-            self._waiting = [entry for entry in self._waiting if entry[2] is not sequence]
+            self._waiting = [entry for entry in self._waiting if entry[-1] is not sequence]
         sequence.status = SequenceStatus.FINISHED
 
 

@@ -106,6 +106,7 @@ class Sequence:
         priority: smaller ones are admitted first.
         prefers_private: the request takes a private module where there is one, so that comparing the module with the
             shared draft is fair.
+        client: who asked; the queue is shared out between clients.
     """
 
     request_id: str
@@ -115,6 +116,7 @@ class Sequence:
     deadline: float | None = None
     priority: int = 0
     prefers_private: bool = False
+    client: str = ""
     status: SequenceStatus = SequenceStatus.WAITING
     aborted: bool = False
     num_prompt_tokens: int = field(init=False)

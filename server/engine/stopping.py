@@ -6,6 +6,7 @@ behind a stop is ever seen, counted or sent.
 
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import compress
 
 from server.engine.detokenizer import IncrementalDetokenizer
 
@@ -61,13 +62,15 @@ def held_back_length(text: str, stop_strings: tuple[str, ...]) -> int:
 class StopChecker:
     """Follows one sequence's output and finds its end.
 
+    Stop strings are looked for in the text that is shown, and in the same text with that of special tokens.
+
     Args:
         conditions: what ends the sequence.
         detokenizer: fresh, for this sequence alone.
         hidden_ids: end-of-text ids: they stop without being named as ``stop_reason`` and have no text.
     """
 
-    __slots__ = ("_conditions", "_detokenizer", "_hidden_ids", "_num_tokens", "_pending")
+    __slots__ = ("_conditions", "_detokenizer", "_hidden_ids", "_is_shown", "_num_tokens", "_pending")
 
     def __init__(
         self,
@@ -80,6 +83,7 @@ class StopChecker:
         self._hidden_ids = hidden_ids
         self._num_tokens = 0
         self._pending = ""
+        self._is_shown: list[bool] = []  # for each character of _pending
 
     @property
     def num_tokens(self) -> int:
@@ -96,42 +100,66 @@ class StopChecker:
                 stop_reason = None if token_id in self._hidden_ids else token_id
                 return CheckedToken(self._rest(), 0, FinishReason.STOP, stop_reason)
             piece = self._detokenizer.push(token_id) + self._detokenizer.flush()
-            return CheckedToken(self._pending + piece, len(piece), FinishReason.STOP, token_id)
+            self._append(piece)
+            return CheckedToken(self._take(len(self._pending)), len(piece), FinishReason.STOP, token_id)
 
         piece = self._detokenizer.push(token_id)
-        self._pending += piece
+        self._append(piece)
+        if conditions.stop_strings:
+            self._append(self._detokenizer.hidden_text(token_id), is_shown=False)
         if may_stop and (stopped := self._match(len(piece))):
             return stopped
         if self._num_tokens >= conditions.max_tokens:
             # The flush may itself complete a stop string, when that contains a replacement mark.
-            self._pending += self._detokenizer.flush()
+            self._append(self._detokenizer.flush())
             if may_stop and (stopped := self._match(len(piece))):
                 return stopped
             return CheckedToken(self._rest(), len(piece), FinishReason.LENGTH)
 
-        keep = held_back_length(self._pending, conditions.stop_strings)
-        cut = len(self._pending) - keep
-        text, self._pending = self._pending[:cut], self._pending[cut:]
-        return CheckedToken(text, len(piece))
+        return CheckedToken(self._take(self._num_certain()), len(piece))
 
     def flush(self) -> str:
         """The text still held back, for a sequence that ends for a reason outside of its own tokens."""
         return self._rest()
 
-    def _rest(self) -> str:
-        text, self._pending = self._pending + self._detokenizer.flush(), ""
+    def _append(self, text: str, *, is_shown: bool = True) -> None:
+        self._pending += text
+        self._is_shown += [is_shown] * len(text)
+
+    def _shown(self) -> str:
+        return "".join(compress(self._pending, self._is_shown))
+
+    def _num_certain(self) -> int:
+        """Pending characters that cannot become part of a stop string."""
+        stop_strings = self._conditions.stop_strings
+        count = len(self._pending) - held_back_length(self._pending, stop_strings)
+        if not all(self._is_shown) and (keep := held_back_length(self._shown(), stop_strings)):
+            places = [place for place, is_shown in enumerate(self._is_shown) if is_shown]
+            count = min(count, places[-keep])
+        return count
+
+    def _take(self, length: int) -> str:
+        """Takes what is shown of the first ``length`` characters that are pending."""
+        text = "".join(compress(self._pending[:length], self._is_shown))
+        self._pending, self._is_shown = self._pending[length:], self._is_shown[length:]
         return text
+
+    def _rest(self) -> str:
+        self._append(self._detokenizer.flush())
+        return self._take(len(self._pending))
 
     def _match(self, num_characters: int) -> CheckedToken | None:
         """The earliest stop string in the pending text; the longer one when two start at the same place."""
-        found = [
-            (start, -len(stop), stop)
-            for stop in self._conditions.stop_strings
-            if (start := self._pending.find(stop)) >= 0
-        ]
+        shown = self._shown()
+        found: list[tuple[int, int, str]] = []
+        for stop in self._conditions.stop_strings:
+            if (start := shown.find(stop)) >= 0:
+                found.append((start, -len(stop), stop))
+            if len(shown) < len(self._pending) and (start := self._pending.find(stop)) >= 0:
+                found.append((sum(self._is_shown[:start]), -len(stop), stop))
         if not found:
             return None
         start, _, stop = min(found)
-        end = start + len(stop) if self._conditions.include_stop_string else start
-        text, self._pending = self._pending[:end], ""
+        text = shown[:start] + (stop if self._conditions.include_stop_string else "")
+        self._pending, self._is_shown = "", []
         return CheckedToken(text, num_characters, FinishReason.STOP, stop)

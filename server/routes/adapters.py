@@ -30,6 +30,7 @@ from server.adapter_schemas import (
     SubmissionBody,
     UnloadLoraRequest,
 )
+from server.bodies import check_json
 from server.services import Services, services_of
 from server.validation import from_problems
 
@@ -49,7 +50,10 @@ _ALIASES = {
 """What ``/v1/load_lora_adapter`` calls the fields of ``POST /adapters``."""
 
 
-def adapter_service(services: Annotated[Services, Depends(services_of)]) -> AdapterService:
+Provided = Annotated[Services, Depends(services_of)]
+
+
+def adapter_service(services: Provided) -> AdapterService:
     """Dependency: the adapter service, once models are loaded."""
     adapters = services.loaded().adapters
     if adapters is None:
@@ -70,10 +74,16 @@ async def create_adapter(
 
 @router.post("/adapters/upload", status_code=202)
 async def create_adapter_from_file(
-    request: JsonField, file: PromptFile, response: Response, adapters: Adapters, key: Key = None
+    request: JsonField,
+    file: PromptFile,
+    response: Response,
+    adapters: Adapters,
+    services: Provided,
+    key: Key = None,
 ) -> SubmissionBody:
     """``POST /adapters`` with the prompts in a file of the form."""
-    body, content = _parse(CreateAdapterBody, request), await file.read()
+    body = _parse(CreateAdapterBody, request, services.settings.max_body_values)
+    content = await file.read()
     return await _create(adapters, response, body, DataSource(upload=content), key, _hash(body, content))
 
 
@@ -89,10 +99,17 @@ async def adapt_again(
 
 @router.post("/adapters/{name}/jobs/upload", status_code=202)
 async def adapt_again_from_file(
-    name: str, request: JsonField, file: PromptFile, response: Response, adapters: Adapters, key: Key = None
+    name: str,
+    request: JsonField,
+    file: PromptFile,
+    response: Response,
+    adapters: Adapters,
+    services: Provided,
+    key: Key = None,
 ) -> SubmissionBody:
     """``POST /adapters/{name}/jobs`` with the prompts in a file of the form."""
-    body, content = _parse(AdaptBody, request), await file.read()
+    body = _parse(AdaptBody, request, services.settings.max_body_values)
+    content = await file.read()
     digest = _hash(body, name.encode(), content)
     return await _adapt(adapters, response, name, body, DataSource(upload=content), key, digest)
 
@@ -221,8 +238,9 @@ def _detail(adapters: AdapterService, name: str) -> AdapterDetailBody:
     return body
 
 
-def _parse(model: type[B], text: str) -> B:
-    """The JSON in a form field. Raises ``InvalidRequestError`` with the first thing that is wrong."""
+def _parse(model: type[B], text: str, max_values: int) -> B:
+    """The JSON in a form field. Raises ``ApiError`` with the first thing that is wrong."""
+    check_json(text.encode(errors="replace"), max_values, param="request")
     try:
         return model.model_validate_json(text)
     except ValidationError as error:

@@ -9,6 +9,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 
 from eda.tokenizer import TextTokenizer
+from server.auth import check_priority
 from server.engine.sequence import SequenceDelta
 from server.preparation import PreparedRequest, acquire, build, chat_prompt, max_model_len_of
 from server.rendering import Collected, chat_logprobs, finish_reason_name, metrics_of, usage_of
@@ -109,6 +110,7 @@ async def create_chat_completion(
     body: ChatCompletionRequest, http: Request, services: Annotated[Services, Depends(services_of)]
 ) -> Response:
     """Answer a conversation under the model's chat template. With ``stream``, the answer is a stream of chunks."""
+    check_priority(http.state.client, body.priority)
     max_model_len = max_model_len_of(services, body.model)
     lease = await acquire(services, body.model)
     try:

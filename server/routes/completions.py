@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from eda.tokenizer import TextTokenizer
+from server.auth import check_priority
 from server.engine.sequence import SequenceDelta
 from server.preparation import PreparedRequest, acquire, build, completion_prompts, max_model_len_of
 from server.rendering import Collected, completion_logprobs, finish_reason_name, metrics_of, usage_of
@@ -106,6 +107,7 @@ async def create_completion(
     body: CompletionRequest, http: Request, services: Annotated[Services, Depends(services_of)]
 ) -> Response:
     """Continue one or several prompts. With ``stream``, the answer is a stream of the same objects."""
+    check_priority(http.state.client, body.priority)
     max_model_len = max_model_len_of(services, body.model)
     lease = await acquire(services, body.model)
     try:

@@ -13,8 +13,11 @@ from server.preparation import chat_prompt, max_model_len_of, tokenize, tokenize
 from server.responses import DetokenizeResponse, HealthResponse, TokenizeResponse, VersionResponse
 from server.schemas import DetokenizeRequest, TokenizeRequest
 from server.services import Services, services_of
+from server.streaming import json_response
 
 router = APIRouter(tags=["operations"])
+TOKENS_INLINE = 8_192
+"""Tokens up to which an answer is written in the event loop."""
 Provided = Annotated[Services, Depends(services_of)]
 
 
@@ -57,8 +60,8 @@ async def metrics(services: Provided) -> Response:
     return Response(await asyncio.to_thread(services.metrics.render), media_type=CONTENT_TYPE)
 
 
-@router.post("/tokenize")
-async def tokenize_text(body: TokenizeRequest, services: Provided) -> TokenizeResponse:
+@router.post("/tokenize", response_model=TokenizeResponse)
+async def tokenize_text(body: TokenizeRequest, services: Provided) -> Response:
     """Token ids of a prompt, or of messages under the chat template."""
     name = body.model if body.model is not None else services.registry.model_names()[0]
     max_model_len = max_model_len_of(services, name)
@@ -77,8 +80,16 @@ async def tokenize_text(body: TokenizeRequest, services: Provided) -> TokenizeRe
     else:
         special = body.add_special_tokens is not False
         tokens = await tokenize(tokenizer, body.prompt or "", limit, param="prompt", special=special)
-    strings = [tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
-    return TokenizeResponse(count=len(tokens), max_model_len=max_model_len, tokens=tokens, token_strs=strings)
+
+    def answer() -> Response:
+        strings = [tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
+        return json_response(
+            TokenizeResponse(
+                count=len(tokens), max_model_len=max_model_len, tokens=tokens, token_strs=strings
+            )
+        )
+
+    return answer() if len(tokens) <= TOKENS_INLINE else await asyncio.to_thread(answer)
 
 
 @router.post("/detokenize")

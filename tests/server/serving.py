@@ -14,6 +14,7 @@ from eda.private import PrivateModule
 from eda.speculative import SpeculativeDecoder
 from eda.target import FineTune
 from server.app import create_app
+from server.connections import ServerConfig
 from server.engine.async_engine import AsyncEngine
 from server.engine.scheduler import SchedulerLimits
 from server.engine.speculation import DraftCosts, SpeculationLevel, SpeculationPolicy, SpeculationTable
@@ -154,9 +155,8 @@ def make_parts(
 @contextlib.contextmanager
 def serve(services: Services, *, ready: bool = True) -> Iterator[str]:
     """Runs the application on a free port of this machine; gives its address."""
-    config = uvicorn.Config(
-        create_app(services), host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=5
-    )
+    settings = services.settings.model_copy(update={"port": 0})
+    config = ServerConfig(create_app(services), settings, log_level="warning", timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -93,6 +94,69 @@ async def test_without_keys_only_local_names_are_answered(family: Family, host: 
     """A page in a browser may send requests to this machine, under a name that it made point here."""
     async with in_process(make_parts(family).services) as client:
         assert (await client.get("/version", headers={"Host": host})).status_code == status
+
+
+FOREIGN_PAGES = [
+    {"Origin": "http://evil.example"},
+    {"Origin": "null"},
+    {"Origin": "http://127.0.0.1:3000"},
+    {"Sec-Fetch-Site": "cross-site"},
+    {"Sec-Fetch-Site": "same-site", "Origin": "http://localhost:3000"},
+    {"Sec-Fetch-Site": "cross-site", "Origin": "http://127.0.0.1"},
+]
+OWN_PAGES: list[dict[str, str]] = [
+    {},
+    {"Origin": "http://127.0.0.1"},
+    {"Sec-Fetch-Site": "same-origin", "Origin": "http://127.0.0.1"},
+    {"Sec-Fetch-Site": "none"},
+]
+
+
+def is_refused_as_foreign(response: httpx.Response) -> bool:
+    return response.status_code == 403 and response.json()["error"]["code"] == "origin_not_allowed"
+
+
+@pytest.mark.parametrize(("pages", "is_refused"), [(FOREIGN_PAGES, True), (OWN_PAGES, False)])
+async def test_pages_of_other_sites_change_nothing(
+    family: Family, pages: list[dict[str, str]], is_refused: bool
+) -> None:
+    """A browser sends forms and bodyless requests to any address for any page."""
+    form: dict[str, Any] = {"data": {"request": "{}"}, "files": {"file": b"{}"}}
+    async with in_process(make_parts(family).services) as client:
+        for headers in pages:
+            answers = [
+                await client.post("/adapters/upload", headers=headers, **form),
+                await client.post("/jobs/x/cancel", headers=headers),
+                await client.post("/tokenize", headers=headers, json={"prompt": "x"}),
+                await client.delete("/adapters/x", headers=headers),
+                await client.patch("/adapters/x", headers=headers, json={}),
+                await client.put("/anything", headers=headers),
+            ]
+            assert [is_refused_as_foreign(answer) for answer in answers] == [is_refused] * len(answers)
+            assert (await client.get("/v1/models", headers=headers)).status_code != 403
+
+
+async def test_a_key_does_not_open_the_door_to_other_sites(locked: httpx.AsyncClient) -> None:
+    """Behind a login of a proxy, a browser may well send the key along."""
+    for headers in ({"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
+        assert is_refused_as_foreign(await locked.post("/jobs/x/cancel", headers=headers | ADMIN))
+
+
+async def test_sites_that_are_allowed_may_use_the_server(family: Family) -> None:
+    settings = Settings(allowed_origins="https://chat.example, http://localhost:3000")  # type: ignore[arg-type]
+    async with in_process(make_parts(family, settings=settings).services) as client:
+        page = {"Origin": "https://chat.example", "Sec-Fetch-Site": "cross-site"}
+        answer = await client.post("/tokenize", headers=page, json={"prompt": "x"})
+        assert not is_refused_as_foreign(answer)
+        assert answer.headers["access-control-allow-origin"] == "https://chat.example"
+        asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+        preflight = await client.options("/v1/completions", headers=page | asked)
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-headers"] == "authorization"
+        for origin in ("https://evil.example", "http://chat.example", "https://chat.example.evil.example"):
+            other = await client.post("/tokenize", headers={"Origin": origin}, json={"prompt": "x"})
+            assert is_refused_as_foreign(other)
+            assert "access-control-allow-origin" not in other.headers
 
 
 def test_keys_come_from_files_too(tmp_path: Path) -> None:

@@ -32,9 +32,89 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
     "name", ["best_of", "suffix", "guided_json", "response_format", "Temperature", "use_beam_search"]
 )
 def test_unknown_parameters_are_refused_by_name(client: httpx.Client, name: str) -> None:
-    error = refuse(client, "/v1/completions", {**COMPLETION, name: 1})
+    error = refuse(client, "/v1/completions", {**COMPLETION, name: 2})
     assert (error["param"], error["code"]) == (name, "unsupported_parameter")
     assert name in error["message"]
+
+
+NEUTRAL: list[dict[str, Any]] = [
+    {"best_of": 1},
+    {"best_of": 2, "n": 2},
+    {"suffix": ""},
+    {"echo": None, "draft": None, "ignore_eos": None, "min_tokens": None, "priority": None, "user": None},
+    {"stop": []},
+    {"logit_bias": {}},
+    {"stream_options": {"include_usage": False}},
+    {"user": "me", "safety_identifier": "me", "prompt_cache_key": "mine"},
+]
+NEUTRAL_IN_CHATS: list[dict[str, Any]] = [
+    {"response_format": {"type": "text"}},
+    {"tools": [], "tool_choice": "none"},
+    {"tool_choice": "auto", "parallel_tool_calls": True},
+    {"functions": [], "function_call": "none"},
+    {"store": False, "metadata": {}},
+    {"metadata": {"project": "x"}},
+    {"service_tier": "auto"},
+    {"service_tier": "default"},
+    {"modalities": ["text"]},
+    {"top_logprobs": 0},
+    {"logprobs": False, "top_logprobs": 0},
+    {"reasoning_effort": "none", "verbosity": "medium"},
+    {"stream_options": {"include_usage": False, "include_obfuscation": False}},
+]
+NEUTRAL_IN_MESSAGES: list[dict[str, Any]] = [
+    {"name": "me"},
+    {"tool_calls": [], "annotations": [], "refusal": None, "audio": None, "function_call": None},
+    {"cache_control": {"type": "ephemeral"}},
+    {"content": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}, "annotations": []}]},
+]
+
+
+@pytest.mark.parametrize("change", NEUTRAL)
+def test_values_that_ask_for_nothing_are_taken(client: httpx.Client, change: dict[str, Any]) -> None:
+    body = {**COMPLETION, "seed": 1, "n": change.get("n")}
+    usual = client.post("/v1/completions", json=body).json()
+    answer = client.post("/v1/completions", json={**body, **change})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"] == usual["choices"]
+
+
+@pytest.mark.parametrize("change", NEUTRAL_IN_CHATS + [{"messages": [m]} for m in NEUTRAL_IN_MESSAGES])
+def test_chats_take_values_that_ask_for_nothing(client: httpx.Client, change: dict[str, Any]) -> None:
+    body = {**CHAT, "seed": 1}
+    usual = client.post("/v1/chat/completions", json=body).json()
+    messages = [{"role": "user", "content": "x"} | message for message in change.get("messages", [{}])]
+    answer = client.post("/v1/chat/completions", json={**body, **change, "messages": messages})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"] == usual["choices"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("response_format", {"type": "json_object"}, '{"type": "text"}'),
+        ("tools", [{"type": "function", "function": {"name": "f"}}], "[]"),
+        ("tool_choice", "required", '"none" or "auto"'),
+        ("store", True, "false"),
+        ("store", 0, "false"),
+        ("service_tier", "priority", '"auto" or "default"'),
+        ("modalities", ["text", "audio"], '["text"]'),
+        ("reasoning_effort", "high", '"none"'),
+        ("audio", {"voice": "x"}, "not supported"),
+    ],
+)
+def test_values_that_would_change_the_answer_are_refused(
+    client: httpx.Client, name: str, value: Any, wanted: str
+) -> None:
+    error = refuse(client, "/v1/chat/completions", {**CHAT, name: value})
+    assert (error["param"], error["code"]) == (name, "unsupported_parameter")
+    assert wanted in error["message"]
+
+
+def test_a_message_with_a_call_is_refused_by_its_place(client: httpx.Client) -> None:
+    messages = [CHAT["messages"][0], {"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]  # type: ignore[index]
+    error = refuse(client, "/v1/chat/completions", {**CHAT, "messages": messages})
+    assert (error["param"], error["code"]) == ("messages[1].tool_calls", "unsupported_parameter")
 
 
 @pytest.mark.parametrize("name", ["tools", "tool_choice", "response_format", "audio", "store", "functions"])
@@ -144,7 +224,9 @@ def test_text_that_is_no_unicode(client: httpx.Client, path: str, change: dict[s
         {"messages": [{"role": "tool", "content": "x"}]},
         {"messages": [{"role": "user"}]},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-        {"messages": [{"role": "user", "content": "x", "name": "me"}]},
+        {"messages": [{"role": "user", "content": "x", "name": "m" * 513}]},
+        {"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]},
+        {"metadata": {"x": 1}},
         {"top_logprobs": 2},
         {"logprobs": True, "top_logprobs": 21},
     ],

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from server.engine.detokenizer import IncrementalDetokenizer
 from server.engine.stopping import CheckedToken, FinishReason, StopChecker, StopConditions, held_back_length
 
+SPECIAL = "<x>"
 PIECES = ["a", "b", "ab", "ba", "aab", "", "abc", "c"]
 
 
@@ -118,3 +119,54 @@ def test_a_shown_stop_id_keeps_its_text() -> None:
 def test_a_stop_before_the_length_limit_wins_in_the_same_token() -> None:
     _, _, checked = run([0, 6], StopConditions(2, stop_strings=("abc",)))
     assert checked.finish_reason is FinishReason.STOP
+
+
+def run_with_specials(tokens: str, conditions: StopConditions) -> tuple[str, CheckedToken]:
+    """As ``run``, where ``0`` in ``tokens`` is the token ``a``, and so on, and ``9`` a special one."""
+    detokenizer = IncrementalDetokenizer(decode, {9: SPECIAL})
+    checker = StopChecker(conditions, detokenizer)
+    text = ""
+    for token in tokens:
+        checked = checker.push(int(token))
+        text += checked.text
+        if checked.finish_reason is not None:
+            return text, checked
+    return text + checker.flush(), checked
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stop", "text"),
+    [
+        ("0190", "<x>", "ab"),
+        ("0190", "b<x>", "a"),
+        ("01901", "<x>ab", "ab"),
+        ("01991", "<x><x>", "ab"),
+        ("0191", "bb", "a"),  # what a client sees never has a stop string, whatever was left out of it
+        ("019001", "<x>aa", "ab"),
+    ],
+)
+def test_a_special_token_is_part_of_a_stop_string(tokens: str, stop: str, text: str) -> None:
+    found, checked = run_with_specials(tokens, StopConditions(10, stop_strings=(stop,)))
+    assert (found, checked.finish_reason, checked.stop_reason) == (text, FinishReason.STOP, stop)
+    found, _ = run_with_specials(tokens, StopConditions(10, stop_strings=(stop,), include_stop_string=True))
+    assert found == text + stop
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    ids=st.lists(st.sampled_from([0, 1, 2, 6, 9]), min_size=1, max_size=12),
+    stops=st.lists(st.text("ab<x>", min_size=1, max_size=5), max_size=3),
+)
+def test_special_tokens_in_any_place(ids: list[int], stops: list[str]) -> None:
+    """The end comes at the first token with which either text has a stop string, and nothing of that is shown."""
+    conditions = StopConditions(100, stop_strings=tuple(stops))
+    text, checked = run_with_specials("".join(map(str, ids)), conditions)
+    for count in range(1, len(ids) + 1):
+        shown = decode([token for token in ids[:count] if token != 9])
+        full = "".join(SPECIAL if token == 9 else PIECES[token] for token in ids[:count])
+        if any(stop in shown or stop in full for stop in stops):
+            assert checked.finish_reason is FinishReason.STOP
+            assert shown.startswith(text)
+            assert not any(stop in text for stop in stops)
+            return
+    assert (text, checked.finish_reason) == (decode([token for token in ids if token != 9]), None)
