@@ -1,18 +1,23 @@
 """Prompts for regeneration, from JSON lines, and how a chat is written as token ids."""
 
 import gzip
-import json
 import random
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self, cast
 
 from transformers import AutoTokenizer
 
 from eda.errors import CheckpointError, DataError
+from eda.json_files import MAX_LINE_BYTES, json_lines, open_regular, parse_json
 
 Message = Mapping[str, str]
+
+MAX_TEXT_BYTES = 4 << 30
+"""Of a file of prompts or texts after unpacking: a small gzip file can hold any number of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +98,10 @@ def split_held_out(
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers (from 1) and objects; blank lines are passed over."""
     try:
-        opened: Any = gzip.open if path.suffix == ".gz" else open
-        with opened(path, "rt", encoding="utf-8") as stream:
-            for number, line in enumerate(stream, start=1):
-                if not line.strip():
-                    continue
+        with _opened(path) as stream:
+            for number, line in json_lines(stream, max_bytes=MAX_TEXT_BYTES):
                 try:
-                    row = json.loads(line)
+                    row = parse_json(line, max_bytes=MAX_LINE_BYTES)
                 except ValueError as error:
                     raise DataError(f"{path}, line {number} is not JSON: {error}") from error
                 if not isinstance(row, dict):
@@ -107,8 +109,18 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                         f"{path}, line {number} holds a JSON {type(row).__name__}; an object was expected"
                     )
                 yield number, row
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    with open_regular(path) as stream:
+        if path.suffix != ".gz":
+            yield stream
+            return
+        with gzip.GzipFile(fileobj=stream) as text:
+            yield cast(BinaryIO, text)
 
 
 def _parse(row: dict[str, Any], default_id: str, place: str) -> Prompt:
