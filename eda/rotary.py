@@ -1,11 +1,14 @@
 """Rotary position embedding of packed tokens."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from eda.config import RopeConfig
+from eda.errors import CheckpointError
 
 _FIRST_TABLE_LENGTH = 2048
 
@@ -88,7 +91,7 @@ class RotaryEmbedding(nn.Module):
 def _static_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
     """Inverse frequencies ``[head_dim / 2]`` (float32, CPU) and the factor on cosines and sines."""
     with torch.device("cpu"):  # models are built on the meta device; these values are needed all the same
-        if rope.type in ("default", "dynamic"):
+        if rope.type in ("default", "dynamic"):  # finite, since theta is above 0
             return 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2).float() / head_dim)), 1.0
         # Only the attention geometry of this config is read.
         config = LlamaConfig(
@@ -98,7 +101,14 @@ def _static_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]
             max_position_embeddings=rope.max_position_embeddings,
             rope_parameters={"rope_type": rope.type, "rope_theta": rope.theta, **rope.parameters},
         )
-        frequencies, scaling = ROPE_INIT_FUNCTIONS[rope.type](config, torch.device("cpu"))
+        try:
+            frequencies, scaling = ROPE_INIT_FUNCTIONS[rope.type](config, torch.device("cpu"))
+        except Exception as error:  # they raise what their arithmetic raises
+            raise CheckpointError(
+                f"rope parameters {dict(rope.parameters)} cannot be used: {error!r}"
+            ) from error
+    if not frequencies.isfinite().all() or not math.isfinite(scaling):
+        raise CheckpointError(f"rope parameters {dict(rope.parameters)} give frequencies that are not finite")
     return frequencies, float(scaling)
 
 

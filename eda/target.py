@@ -16,6 +16,7 @@ from eda.checkpoint import (
     Checkpoint,
     copy_weights,
     layer_projections,
+    require_tensors,
     resolve_directory,
     vocabulary,
 )
@@ -27,6 +28,7 @@ from eda.kv_cache import KVCache
 from eda.layers import DecoderLayer, RMSNorm
 from eda.linear import packed_linear, packed_weight
 from eda.lora import LoraAdapter, LoraSegment, add_low_rank
+from eda.preflight import check_target
 from eda.rotary import RotaryEmbedding
 from eda.transfers import upload
 
@@ -104,6 +106,7 @@ class TargetModel(nn.Module):
         """
         path = resolve_directory(path_or_hub_id)
         config = ModelConfig.from_directory(path)
+        check_target(path)  # before anything is built from these sizes
         checkpoint = Checkpoint.of_model(path)
         if config.tie_word_embeddings and _HEAD in checkpoint and _EMBEDDING in checkpoint:
             # A config may say "tied" while the file holds two different matrices; the file is right.
@@ -111,11 +114,13 @@ class TargetModel(nn.Module):
             config = replace(config, tie_word_embeddings=tied)
         with torch.device("meta"):  # no time and memory for an initialisation that is overwritten
             model = cls(config, fingerprint=fingerprint_directory(path), path=path)
+        ignored = re.compile(f"{_RECOMPUTED.pattern}|^{re.escape(_HEAD)}$")
+        ignored = ignored if config.tie_word_embeddings else _RECOMPUTED
+        require_tensors(checkpoint, model._places(), ignored)  # before memory is taken
         model = model.to(dtype or automatic_dtype(device)).to_empty(device=device)
         if config.tie_word_embeddings:
             model.head = model.embedding
-        ignored = re.compile(f"{_RECOMPUTED.pattern}|^{re.escape(_HEAD)}$")
-        copy_weights(checkpoint, model._places(), ignored if config.tie_word_embeddings else _RECOMPUTED)
+        copy_weights(checkpoint, model._places(), ignored)
         model._pack()
         return model.requires_grad_(False)
 
