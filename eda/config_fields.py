@@ -86,15 +86,14 @@ def read_fields(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def end_tokens(stated: Any, vocab_size: int | None, place: Path) -> tuple[int, ...]:
-    """The ids of ``eos_token_id``: one, several or none. Raises ``CheckpointError`` for what are no ids."""
+    """The ids of ``eos_token_id``: one, several or none. Those beyond the vocabulary, which never come, are left out.
+
+    Raises ``CheckpointError`` for what are no ids.
+    """
     ids = [] if stated is None else stated if isinstance(stated, list) else [stated]
-    if len(ids) > MAX_EOS_TOKENS or not all(
-        type(token) is int and 0 <= token < (vocab_size or SIZE_LIMITS["vocab_size"]) for token in ids
-    ):
-        raise CheckpointError(
-            f"{place}: eos_token_id is {_shown(stated)}; ids below the vocabulary's size ({vocab_size}) are needed"
-        )
-    return tuple(ids)
+    if len(ids) > MAX_EOS_TOKENS or not all(type(token) is int for token in ids):
+        raise CheckpointError(f"{place}: eos_token_id is {_shown(stated)}; ids of tokens are needed")
+    return tuple(token for token in ids if 0 <= token < (vocab_size or SIZE_LIMITS["vocab_size"]))
 
 
 def require_sizes(path: Path, fields: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> None:

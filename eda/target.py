@@ -61,7 +61,8 @@ class TargetOutput:
     logits: Tensor | None = None
     """Float32 ``[N, vocab_size]`` of the wanted tokens, where the pass was asked for them."""
     best: list[int] | None = None
-    """Their likeliest tokens, where the pass was asked for these (first id of equals)."""
+    """Their likeliest tokens, where the pass was asked for these (first id of equals, -1 where logits
+    are not finite)."""
 
 
 class TargetModel(nn.Module):
