@@ -10,6 +10,7 @@ from adapters.tensors import refuse_unsafe_files
 from eda.draft import DraftModel
 from eda.errors import EdaError, MismatchError
 from eda.private import PrivateConfig, PrivateModule
+from eda.probe import require_usable
 from eda.target import FineTune, TargetModel, load_fine_tune
 
 
@@ -28,11 +29,13 @@ class ModelLoader:
     """Loads fine-tunes of ``base`` and private modules for ``draft``.
 
     ``draft`` is ``None`` on a server without speculation: fine-tunes are served, private modules are refused.
-    Raises ``MismatchError`` when ``draft`` was trained for another base.
+    Raises ``MismatchError`` when ``draft`` was trained for another base, ``CheckpointError`` when ``base`` computes
+    nothing that can be used.
     """
 
     def __init__(self, base: TargetModel, draft: DraftModel | None, *, base_name: str = "base") -> None:
         self.base = FineTune(base_name, base)
+        require_usable(self.base)
         self.draft = draft
         self.draft_fingerprint = draft.fingerprint() if draft is not None else ""
         if draft is not None and draft.config.target_fingerprint not in ("", base.fingerprint):
@@ -45,7 +48,9 @@ class ModelLoader:
         """Raises ``CheckpointError`` (or one of its kinds) for what is no fine-tune of the base."""
         if path == self.base.model.path:
             return FineTune(name, self.base.model)
-        return load_fine_tune(path, self.base.model, name)
+        fine_tune = load_fine_tune(path, self.base.model, name)
+        require_usable(fine_tune)
+        return fine_tune
 
     def private_module(
         self, store: AdapterStore, name: str, version: int, fine_tune_fingerprint: str

@@ -11,6 +11,7 @@ from eda.checkpoint_files import (
 )
 from eda.config_fields import read_fields, require_sizes
 from eda.draft_files import read_draft_fields, require_draft_tensors
+from eda.errors import CheckpointError
 from eda.lora_config import LoraConfig
 
 
@@ -22,6 +23,10 @@ def check_target(path: Path) -> None:
         UnsupportedModelError: an architecture, rope type or type of weights is not implemented.
     """
     require_directory(path)
+    if (path / ADAPTER_CONFIG_FILE).is_file() and not (path / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"{path} is a PEFT adapter, a fine-tune of a model; its base has {CONFIG_FILE} and is needed here"
+        )
     _, fields = read_fields(path)
     require_sizes(path, fields, model_entries(path)[0])
 

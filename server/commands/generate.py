@@ -22,7 +22,8 @@ from eda.private import PrivateModule
 from eda.sampling import SamplingParams
 from eda.speculative import Speculation, SpeculativeDecoder
 from eda.target import FineTune, TargetModel, load_fine_tune
-from server.models import ModelPaths, choose_device, load_pair, model_paths
+from server.model_paths import ModelPaths, model_paths
+from server.models import choose_device, load_pair
 from server.settings import ConfigurationError, Settings, load_settings
 from server.tokenizer import ChatTemplateError, TextTokenizer
 

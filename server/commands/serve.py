@@ -7,17 +7,17 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import uvicorn
 
-from server.app import create_app
-from server.loading import load_runtime
 from server.logs import configure_logs, logger
-from server.models import model_paths
-from server.services import Services
+from server.model_paths import check_models, model_paths
 from server.settings import ConfigurationError, Settings, load_settings
+
+if TYPE_CHECKING:  # they import torch, which takes seconds: files are checked first
+    from server.services import Services
 
 PATH = "Paths"
 ENGINE = "Engine"
@@ -26,7 +26,7 @@ ENGINE = "Engine"
 class GracefulServer(uvicorn.Server):
     """Says that it is draining as soon as it is told to stop, and ends when the engine or the loading fails."""
 
-    def __init__(self, config: uvicorn.Config, services: Services) -> None:
+    def __init__(self, config: uvicorn.Config, services: "Services") -> None:
         super().__init__(config)
         self._services = services
         self.failure: BaseException | None = None
@@ -163,7 +163,7 @@ def serve(
         typer.echo(json.dumps(settings.printable(), indent=2))
         return
     try:
-        model_paths(settings)  # what is missing is told before anything is started
+        check_models(model_paths(settings))  # what is wrong is told before anything is started
     except ConfigurationError as error:
         raise _refusal(error) from error
     configure_logs(settings)
@@ -172,6 +172,10 @@ def serve(
 
 def run(settings: Settings) -> int:
     """Serves until a signal comes. Returns the process's exit status: 0, or 1 when something broke."""
+    from server.app import create_app
+    from server.loading import load_runtime
+    from server.services import Services
+
     services = Services(settings, load=load_runtime)
     config = uvicorn.Config(
         create_app(services),
