@@ -93,6 +93,7 @@ class ModelConfig:
         architecture, fields = read_fields(path)
         try:
             config = _CONFIG_CLASSES[architecture].from_dict(fields)
+            rope = _rope(config)
         except Exception as error:  # the validators of transformers raise many types
             raise CheckpointError(
                 f"{path / 'config.json'} is not a valid {architecture} config: {error}"
@@ -135,7 +136,7 @@ class ModelConfig:
             num_kv_heads=config.num_key_value_heads,
             head_dim=head_dim,
             rms_norm_eps=float(config.rms_norm_eps),
-            rope=_rope(config),
+            rope=rope,
             layer_windows=windows,
             qkv_bias=attention_bias or architecture == "Qwen2ForCausalLM",
             output_bias=attention_bias,

@@ -56,7 +56,9 @@ def read_fields(path: Path) -> tuple[str, dict[str, Any]]:
     architecture = _architecture(raw, path)
     _refuse_unsupported(raw, path)
     known = (*SIZE_LIMITS, *_SWITCHES, *_ROPE_FIELDS, *_OTHERS)
-    fields = {name: raw[name] for name in known if name in raw}
+    fields = {
+        name: raw[name] for name in known if name in raw and not (raw[name] is None and name in _ROPE_FIELDS)
+    }
     for name, limit in SIZE_LIMITS.items():
         if name in fields and not (fields[name] is None and name in _OPTIONAL):
             _require_size(fields[name], name, limit, place, least=0 if name == "max_window_layers" else 1)
@@ -171,7 +173,8 @@ def _rope_fields(given: Any, name: str, place: Path) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise CheckpointError(f"{place}: {name} is {_shown(given)}; an object is needed")
     numbers = ("rope_theta", "partial_rotary_factor", *_ROPE_NUMBERS)
-    fields = {field: given[field] for field in ("rope_type", "type", "truncate", *numbers) if field in given}
+    fields = {field: given.get(field) for field in ("rope_type", "type", "truncate", *numbers)}
+    fields = {field: value for field, value in fields.items() if value is not None}
     if fields.get("rope_type", fields.get("type", "default")) != "default" and fields.get("factor") is None:
         raise CheckpointError(f"{place}: {name} has no factor, which its type needs")
     for field in numbers:

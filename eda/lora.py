@@ -131,10 +131,12 @@ def _check_base(named: str | None, checkpoint: Checkpoint, base_fingerprint: str
     if not base_fingerprint:
         return
     recorded, source = checkpoint.metadata.get("base_fingerprint"), "its metadata"
-    if recorded is None and named and (Path(named) / "config.json").is_file():
+    if recorded is None and named:
         try:
-            recorded, source = fingerprint_directory(Path(named)), str(named)
-        except CheckpointError:
+            if not (Path(named) / "config.json").is_file():
+                return
+            recorded, source = fingerprint_directory(Path(named)), named
+        except (CheckpointError, OSError):
             return  # whatever lies there now says nothing about the adapter
     if recorded is not None and recorded != base_fingerprint:
         raise MismatchError(

@@ -104,6 +104,7 @@ def test_fields_that_decide_nothing_are_not_acted_upon(target: Path) -> None:
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}},
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 10**80}},
         {"rope_parameters": [1]},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": None, "factor": None}},
         {"rms_norm_eps": "small"},
         {"rms_norm_eps": -1e-6},
         {"layer_types": ["full_attention"] * 3, "architectures": ["Qwen2ForCausalLM"]},
@@ -279,3 +280,14 @@ def test_the_command_names_a_bad_file_before_torch_is_imported(target: Path, tmp
     assert done.stdout.split() == ["2", "False", "False"], done.stderr
     assert f"target: {target / WEIGHTS} is a git-lfs pointer" in done.stderr
     assert not (tmp_path / "data").exists()
+
+
+def test_names_of_files_that_cannot_be_are_refused(target: Path, stored: Path, tmp_path: Path) -> None:
+    edit_json(target / "config.json")
+    (target / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "%s"}}' % ("x" * 5000), encoding="utf-8"
+    )
+    refused(check_target, target, "lacks xxx")
+    adapter = tiny_lora(tmp_path / "lora", stored, targets=["q_proj"])
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="y" * 5000)
+    load_fine_tune(adapter, TargetModel.load(stored, dtype=torch.float32), "a")
