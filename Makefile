@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SOURCES := eda adapters server
 CHECKED := $(SOURCES) tests recipes benchmarks
 
-.PHONY: install serve test lint format bench clean
+.PHONY: install serve test fuzz lint format bench clean
 
 install: $(STAMP)
 
@@ -30,6 +30,11 @@ format: install
 
 test: lint
 	$(PY) -m pytest $(ARGS)
+
+# A few minutes of random request bodies and files; EXAMPLES of each kind.
+EXAMPLES ?= 1000
+fuzz: install
+	EDA_FUZZ_EXAMPLES=$(EXAMPLES) $(PY) -m pytest tests/fuzz --timeout 1800 $(ARGS)
 
 bench: install
 	$(PY) -m benchmarks.compare $(ARGS)

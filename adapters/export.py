@@ -20,7 +20,8 @@ from torch import Tensor
 from adapters.errors import ConflictError, InvalidInputError
 from adapters.files import sync_tree
 from adapters.manifest import Manifest
-from eda.draft import CONFIG_FILE, WEIGHTS_FILE, DraftConfig, DraftModel
+from eda.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE
+from eda.draft import DraftConfig, DraftModel
 from eda.private import PrivateModule
 from eda.target import FineTune
 

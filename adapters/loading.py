@@ -14,6 +14,7 @@ from eda.draft import DraftModel
 from eda.errors import CheckpointError, EdaError, MismatchError
 from eda.fingerprint import fingerprint_directory
 from eda.private import PrivateConfig, PrivateModule
+from eda.probe import require_usable
 from eda.target import FineTune, TargetModel, load_fine_tune
 
 
@@ -33,7 +34,8 @@ class ModelLoader:
     """Loads fine-tunes of ``base`` and private modules for ``draft``.
 
     ``draft`` is ``None`` on a server without speculation: fine-tunes are served, private modules are refused.
-    Raises ``MismatchError`` when ``draft`` was trained for another base.
+    Raises ``MismatchError`` when ``draft`` was trained for another base, ``CheckpointError`` when ``base`` computes
+    nothing that can be used.
 
     Args:
         templates: tries the chat template that a fine-tune brings.
@@ -49,6 +51,7 @@ class ModelLoader:
     ) -> None:
         self.base = FineTune(base_name, base)
         self.templates = templates or TemplateRenderer()
+        require_usable(self.base)
         self.draft = draft
         self.draft_fingerprint = draft.fingerprint() if draft is not None else ""
         if draft is not None and draft.config.target_fingerprint not in ("", base.fingerprint):
@@ -62,6 +65,7 @@ class ModelLoader:
         if path == self.base.model.path:
             return FineTune(name, self.base.model)
         fine_tune = load_fine_tune(path, self.base.model, name)
+        require_usable(fine_tune)
         if fine_tune.tokenizer is not None and fine_tune.tokenizer.chat_template is not None:
             try:
                 self.templates.check(fine_tune.tokenizer.chat_template)

@@ -1,18 +1,20 @@
 """The manifest of one adapter version: what ``adapter.json`` says about ``private.safetensors``."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from adapters.errors import CorruptVersionError
+from eda.json_files import read_json
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "adapter.json"
 WEIGHTS_FILE = "private.safetensors"
 MAX_MANIFEST_BYTES = 1024 * 1024
+MAX_SIZE = 1 << 22
+"""Of a width or rank in elements."""
 SIZE_FIELDS = ("hidden_size", "num_features", "intermediate_size", "fc_rank")
 LATER_SIZE_FIELDS = ("attention_rank", "query_size", "kv_size")
 """Versions from before private modules corrected attention lack them; 0 is meant then."""
@@ -61,10 +63,8 @@ class Manifest:
         """The manifest in ``directory``. Raises ``CorruptVersionError`` when it is missing or malformed."""
         path = directory / MANIFEST_FILE
         try:
-            if path.stat().st_size > MAX_MANIFEST_BYTES:
-                raise CorruptVersionError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes")
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            document = read_json(path, max_bytes=MAX_MANIFEST_BYTES)
+        except (OSError, ValueError) as error:
             raise CorruptVersionError(f"{path} cannot be read as JSON: {error}") from error
         return cls._parse(document, path)
 
@@ -96,10 +96,10 @@ class Manifest:
                 )
         sizes = document["sizes"]
         known = set(SIZE_FIELDS) <= set(sizes) <= {*SIZE_FIELDS, *LATER_SIZE_FIELDS}
-        if not known or not all(type(size) is int for size in sizes.values()):
+        if not known or not all(type(size) is int and 0 <= size <= MAX_SIZE for size in sizes.values()):
             raise CorruptVersionError(
                 f"{path}: field 'sizes' must hold the integers {', '.join(SIZE_FIELDS)}, and may hold "
-                f"{', '.join(LATER_SIZE_FIELDS)}"
+                f"{', '.join(LATER_SIZE_FIELDS)}, each from 0 to {MAX_SIZE}"
             )
         return cls(**{name: document[name] for name in expected})
 

@@ -6,7 +6,6 @@ has a marker and enters the next stage anew, which goes on from its own files in
 far, the last checkpoint).
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 from adapters.errors import JobInterruptedError
 from adapters.files import locked_or_raise, write_json_atomically
 from adapters.spec import STAGES, AdaptationSpec
+from eda.json_files import read_json
 
 STAGE_WEIGHTS = {
     "triage": 0.05,
@@ -175,7 +175,7 @@ def _run_stage(
 def _read_marker(marker: Path, spec: AdaptationSpec) -> Result | None:
     """The result of a finished stage; ``None`` when it is not finished or was finished for another request."""
     try:
-        document = json.loads(marker.read_text(encoding="utf-8"))
+        document = read_json(marker)
         if document["spec"] == spec.fingerprint():
             result: Result = document["result"]
             return result

@@ -11,17 +11,17 @@ from typing import Any, BinaryIO, Literal
 
 import psutil
 
-from adapters.errors import CorruptVersionError, InvalidInputError, StorageFullError, TooLargeError
+from adapters.errors import InvalidInputError, StorageFullError, TooLargeError
 from adapters.files import MIB, require_free_space, sync_tree
 from adapters.names import AllowedRoots, check_hub_id
 from adapters.spec import DEFAULT_MARGIN, DRAFT_ROOM, Activation, DataSpec, TargetKind, TrainingOptions
-from adapters.tensors import read_header, refuse_unsafe_files
 from adapters.traffic import TrafficRecorder
 from adapters.workspaces import PROMPTS_FILE, SAMPLES_FILE
-from eda.checkpoint import ADAPTER_CONFIG_FILE, resolve_directory
+from eda.checkpoint_files import ADAPTER_CONFIG_FILE, require_directory, resolve_directory
 from eda.errors import DataError, EdaError
+from eda.preflight import check_fine_tune
 from eda.training.files import hash_of_file
-from eda.training.prompts import Prompt, read_prompts
+from eda.training.prompts import read_prompts
 from eda.training.selection import SCORES
 
 MIN_PROMPTS = 2
@@ -136,8 +136,10 @@ def locate_fine_tune(
     else:
         param = "target.hub_id"
         directory = _download(source.hub_id or "", allow_hub=allow_hub)
-    if not directory.is_dir():
-        raise InvalidInputError(f"{param} is {directory}; it must be a directory with a model", param=param)
+    try:
+        require_directory(directory)
+    except EdaError as error:
+        raise InvalidInputError(f"{param} must be a directory with a model: {error}", param=param) from error
     is_lora = (directory / ADAPTER_CONFIG_FILE).is_file()
     if source.kind != "auto" and is_lora != (source.kind == "lora"):
         raise InvalidInputError(
@@ -184,7 +186,6 @@ def prepare_data(
         prompts = read_prompts(destination)
     except DataError as error:
         raise InvalidInputError(str(error).replace(str(destination), param), param=param) from error
-    _refuse_broken_text(prompts, param)
     count = len(prompts)
     _check_split(count, options, param)
     _require_room(workspace, count, destination.stat().st_size, options, limits)
@@ -295,18 +296,6 @@ def _prompt_line(prompt: Any, place: int) -> str:
     return json.dumps(row) + "\n"
 
 
-def _refuse_broken_text(prompts: Sequence[Prompt], param: str) -> None:
-    """JSON can spell half of a surrogate pair; no tokenizer can read it."""
-    for prompt in prompts:
-        try:
-            for message in prompt.messages:
-                message["content"].encode()
-        except UnicodeEncodeError as error:
-            raise InvalidInputError(
-                f"{param}: prompt {prompt.id!r} is not valid Unicode: {error}", param=param
-            ) from error
-
-
 def _limit(num_bytes: int, limits: DataLimits, param: str) -> None:
     if num_bytes > limits.max_bytes:
         raise TooLargeError(
@@ -357,14 +346,9 @@ def _refuse_escapes(directory: Path, roots: AllowedRoots) -> None:
 
 
 def _check_weights(directory: Path, param: str) -> int:
-    """Bytes of weights in ``directory``; unsafe formats and lying headers are refused."""
-    files = sorted(directory.glob("*.safetensors"))
+    """Bytes of weights in ``directory``; unsafe formats, lying headers and impossible sizes are refused."""
     try:
-        if not files:
-            refuse_unsafe_files(directory)
-            raise CorruptVersionError(f"{directory} holds no .safetensors file")
-        for file in files:
-            read_header(file)
-    except CorruptVersionError as error:
+        check_fine_tune(directory)
+    except EdaError as error:
         raise InvalidInputError(f"{param}: {error}", param=param) from error
-    return sum(file.stat().st_size for file in files)
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))

@@ -1,9 +1,7 @@
-"""Model directories on disk: which safetensors files they hold, and where each tensor belongs in the fused weights."""
+"""Tensors of model directories, and where each belongs in the fused weights."""
 
-import json
 import re
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -12,30 +10,39 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from eda.config import ModelConfig, read_json
-from eda.errors import CheckpointError, UnsupportedModelError
+from eda.checkpoint_files import (
+    ADAPTER_CONFIG_FILE,
+    TensorEntry,
+    adapter_entries,
+    listed,
+    model_entries,
+    read_header,
+    read_json,
+    resolve_directory,
+)
+from eda.config import ModelConfig
+from eda.errors import CheckpointError
+from eda.json_files import MIB
 from eda.quantised import QuantisedWeight
 
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
-ADAPTER_CONFIG_FILE = "adapter_config.json"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_FLOAT_TYPES = ("F32", "BF16", "F16", "F64")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+__all__ = [
+    "ADAPTER_CONFIG_FILE",
+    "Checkpoint",
+    "Projection",
+    "TensorEntry",
+    "copy_weights",
+    "layer_projections",
+    "listed",
+    "read_header",
+    "require_finite",
+    "require_tensors",
+    "resolve_directory",
+    "vocabulary",
+]
 
-
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """One tensor in a file. ``start`` and ``end`` are byte offsets in the file."""
-
-    file: Path
-    dtype: str
-    """The file format's name, e.g. ``"BF16"``."""
-    shape: tuple[int, ...]
-    start: int
-    end: int
+MAX_WEIGHT = 65_504.0
+"""Largest magnitude of a weight: float16's. Products of larger ones soon leave the range of bfloat16 and float32."""
+_MAX_TOKENIZER_BYTES = 128 * MIB
 
 
 class WeightSource(Protocol):
@@ -76,60 +83,12 @@ class Checkpoint:
             CheckpointError: no weights, pickle weights only, a shard or tensor is missing, a file is corrupt.
             UnsupportedModelError: a tensor is neither float32, bfloat16, float16 nor float64.
         """
-        if (path / INDEX_FILE).exists():
-            return cls._sharded(path)
-        return cls._of_files(path, [_existing(path, WEIGHTS_FILE)])
+        return cls(path, *model_entries(path))
 
     @classmethod
     def of_adapter(cls, path: Path) -> Self:
         """A PEFT adapter: ``adapter_model.safetensors``. Raises like ``of_model``."""
-        return cls._of_files(path, [_existing(path, ADAPTER_WEIGHTS_FILE)])
-
-    @classmethod
-    def _sharded(cls, path: Path) -> Self:
-        weight_map = read_json(path / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{path / INDEX_FILE} has no weight_map from tensor names to files")
-        shards = sorted(set(map(str, weight_map.values())))
-        for shard in shards:
-            if Path(shard).name != shard:
-                raise CheckpointError(
-                    f"{path / INDEX_FILE} names {shard!r}; shards must lie beside the index"
-                )
-            if not (path / shard).is_file():
-                raise CheckpointError(
-                    f"{path} lacks {shard}, one of {len(shards)} shards that its index names"
-                )
-        checkpoint = cls._of_files(path, [path / shard for shard in shards])
-        absent = [
-            name for name, shard in weight_map.items() if not checkpoint._is_in(name, path / str(shard))
-        ]
-        if absent:
-            raise CheckpointError(
-                f"{path}: the shards lack tensors that the index promises: {listed(absent)}"
-            )
-        return checkpoint
-
-    @classmethod
-    def _of_files(cls, path: Path, files: Sequence[Path]) -> Self:
-        entries: dict[str, TensorEntry] = {}
-        metadata: dict[str, str] = {}
-        for file in files:
-            found, pairs = read_header(file)
-            twice = sorted(entries.keys() & found.keys())
-            if twice:
-                raise CheckpointError(f"{path} holds tensors twice: {listed(twice)}")
-            entries |= found
-            metadata |= pairs
-        odd = sorted({entry.dtype for entry in entries.values()} - set(_FLOAT_TYPES))
-        if odd:
-            raise UnsupportedModelError(
-                f"{path} has tensors of type {', '.join(odd)}; supported are {', '.join(_FLOAT_TYPES)}"
-            )
-        return cls(path, entries, metadata)
-
-    def _is_in(self, name: str, file: Path) -> bool:
-        return name in self.entries and self.entries[name].file == file
+        return cls(path, *adapter_entries(path))
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
@@ -150,58 +109,6 @@ class Checkpoint:
     def quantised(self, name: str) -> QuantisedWeight | None:
         """``None``: these files hold floats."""
         return None
-
-
-def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """Tensor entries and metadata of a safetensors file. Raises ``CheckpointError`` when it is not one."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(size - 8, _MAX_HEADER_BYTES):
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(stream.read(length))
-        metadata = header.pop("__metadata__", {})
-        data_start = 8 + length
-        entries = {
-            name: TensorEntry(
-                file=file,
-                dtype=str(entry["dtype"]),
-                shape=tuple(map(int, entry["shape"])),
-                start=data_start + int(entry["data_offsets"][0]),
-                end=data_start + int(entry["data_offsets"][1]),
-            )
-            for name, entry in header.items()
-        }
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, struct.error) as error:
-        raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from error
-    if any(not data_start <= entry.start <= entry.end <= size for entry in entries.values()):
-        raise CheckpointError(f"{file} is cut off: its header describes more than its {size} bytes")
-    return entries, metadata
-
-
-def resolve_directory(path_or_hub_id: str | Path) -> Path:
-    """A local directory as it is; a hub id (``owner/name``) is downloaded: JSON and safetensors files only.
-
-    Raises ``CheckpointError`` when there is neither.
-    """
-    path, name = Path(path_or_hub_id), str(path_or_hub_id)
-    if name and path.is_dir():
-        return path
-    if path.exists() or not _HUB_ID.fullmatch(name) or ".." in name:
-        raise CheckpointError(f"{name} is neither a model directory nor a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                allow_patterns=["*.json", "*.safetensors", "*.jinja"],
-                ignore_patterns=["original/*", "consolidated*"],  # the same weights in other layouts
-            )
-        )
-    except Exception as error:  # the client raises several families of errors
-        raise CheckpointError(f"{name} is no local directory, and the hub gave: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,10 +138,10 @@ def layer_projections(config: ModelConfig) -> dict[str, Projection]:
     }
 
 
-def copy_weights(
+def require_tensors(
     checkpoint: WeightSource, destinations: Mapping[str, Tensor], ignored: re.Pattern[str]
 ) -> None:
-    """Copies every tensor of ``checkpoint`` to its destination, converting the type.
+    """Compares the headers of ``checkpoint`` with ``destinations``, which may be on the meta device.
 
     Args:
         destinations: by name in the checkpoint; views of the model's weights.
@@ -258,9 +165,36 @@ def copy_weights(
     ]
     if misshapen:
         raise CheckpointError(f"{checkpoint.path} has misshapen tensors: {listed(misshapen)}")
+
+
+def copy_weights(
+    checkpoint: WeightSource, destinations: Mapping[str, Tensor], ignored: re.Pattern[str]
+) -> None:
+    """Copies every tensor of ``checkpoint`` to its destination, converting the type.
+
+    Arguments as in ``require_tensors``. Raises ``CheckpointError`` as it does, and for values that are not finite or
+    beyond ``MAX_WEIGHT``.
+    """
+    require_tensors(checkpoint, destinations, ignored)
     with torch.no_grad():
         for name, view in destinations.items():
-            view.copy_(checkpoint.tensor(name))
+            tensor = checkpoint.tensor(name)
+            require_finite(tensor, name, checkpoint.path)
+            view.copy_(tensor)
+
+
+def require_finite(tensor: Tensor, name: str, path: Path) -> None:
+    """Raises ``CheckpointError`` where ``tensor`` holds values that are not finite, or beyond ``MAX_WEIGHT``."""
+    if not tensor.numel():
+        return
+    low, high = (float(value) for value in tensor.aminmax())  # one pass; NaN comes through
+    if low >= -MAX_WEIGHT and high <= MAX_WEIGHT:
+        return
+    if tensor.isfinite().all():
+        found = f"values up to {max(-low, high):.3g}, beyond the {MAX_WEIGHT:g} that models compute with"
+    else:
+        found = "values that are not finite"
+    raise CheckpointError(f"{path}: tensor {name!r} holds {found}; the weights are damaged")
 
 
 def vocabulary(path: Path) -> Any:
@@ -268,24 +202,8 @@ def vocabulary(path: Path) -> Any:
     file = path / "tokenizer.json"
     if not file.exists():
         return None
-    return (read_json(file).get("model") or {}).get("vocab")
-
-
-def listed(names: Sequence[str], limit: int = 4) -> str:
-    """The first ``limit`` of ``names`` as text, with the number of the rest."""
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _existing(path: Path, name: str) -> Path:
-    if (path / name).is_file():
-        return path / name
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory")
-    pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
-    if pickles:
-        raise CheckpointError(
-            f"{path} has weights as pickle only ({listed(pickles)}), which can run code when loaded; "
-            f"{name} is needed (convert with safetensors)"
-        )
-    raise CheckpointError(f"{path} has no weights: {name} is needed")
+    model = read_json(file, max_bytes=_MAX_TOKENIZER_BYTES).get("model")
+    found = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(found, dict | list):
+        raise CheckpointError(f"{file} has no vocabulary (model.vocab)")
+    return found

@@ -1,6 +1,5 @@
 """Sizes and switches of a target: its ``config.json`` in one vocabulary for all architectures."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +8,11 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from eda.checkpoint_files import read_json
+from eda.config_fields import SUPPORTED_ARCHITECTURES, SUPPORTED_ROPE_TYPES, end_tokens, read_fields
 from eda.errors import CheckpointError, UnsupportedModelError
+
+__all__ = ["SUPPORTED_ARCHITECTURES", "SUPPORTED_ROPE_TYPES", "ModelConfig", "RopeConfig", "read_json"]
 
 # The configuration classes know each architecture's defaults and the older spellings of a field.
 _CONFIG_CLASSES: dict[str, Any] = {
@@ -18,8 +21,6 @@ _CONFIG_CLASSES: dict[str, Any] = {
     "Qwen2ForCausalLM": Qwen2Config,
     "Qwen3ForCausalLM": Qwen3Config,
 }
-SUPPORTED_ARCHITECTURES = tuple(_CONFIG_CLASSES)
-SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +90,10 @@ class ModelConfig:
             UnsupportedModelError: an architecture, rope type, activation or quantisation is not implemented.
         """
         path = Path(path)
-        raw = read_json(path / "config.json")
-        architecture = _architecture(raw, path)
-        _refuse_unsupported(raw, path)
+        architecture, fields = read_fields(path)
         try:
-            config = _CONFIG_CLASSES[architecture].from_dict(dict(raw))
+            config = _CONFIG_CLASSES[architecture].from_dict(fields)
+            rope = _rope(config)
         except Exception as error:  # the validators of transformers raise many types
             raise CheckpointError(
                 f"{path / 'config.json'} is not a valid {architecture} config: {error}"
@@ -117,6 +117,15 @@ class ModelConfig:
             )
         else:
             windows = (getattr(config, "sliding_window", None),) * config.num_hidden_layers
+        if len(windows) != config.num_hidden_layers:
+            raise CheckpointError(
+                f"{path / 'config.json'} has {len(windows)} layer_types; num_hidden_layers is "
+                f"{config.num_hidden_layers}"
+            )
+        if head_dim < 4 or head_dim % 2:
+            raise CheckpointError(
+                f"{path / 'config.json'} has heads of width {head_dim}; an even number from 4 on is needed"
+            )
         return cls(
             architecture=architecture,
             vocab_size=config.vocab_size,
@@ -127,7 +136,7 @@ class ModelConfig:
             num_kv_heads=config.num_key_value_heads,
             head_dim=head_dim,
             rms_norm_eps=float(config.rms_norm_eps),
-            rope=_rope(config),
+            rope=rope,
             layer_windows=windows,
             qkv_bias=attention_bias or architecture == "Qwen2ForCausalLM",
             output_bias=attention_bias,
@@ -138,55 +147,6 @@ class ModelConfig:
             eos_token_ids=_eos_token_ids(path, config),
             dtype=config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32,
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``. Raises ``CheckpointError`` when it is missing or something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist; a model directory needs one") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}; an object was expected")
-    return content
-
-
-def _architecture(raw: Mapping[str, Any], path: Path) -> str:
-    named = raw.get("architectures")
-    if not named:
-        by_model_type = {config.model_type: name for name, config in _CONFIG_CLASSES.items()}
-        named = [by_model_type.get(raw.get("model_type", ""), f"model_type {raw.get('model_type')!r}")]
-    for name in named:
-        if name in _CONFIG_CLASSES:
-            return str(name)
-    raise UnsupportedModelError(
-        f"{path} holds {', '.join(map(str, named))}; supported are {', '.join(SUPPORTED_ARCHITECTURES)}"
-    )
-
-
-def _refuse_unsupported(raw: Mapping[str, Any], path: Path) -> None:
-    """Before the config classes look: they would complain about the parameters of a rope type, not its name."""
-    quantization = raw.get("quantization_config")
-    if quantization:
-        method = (
-            quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        )
-        raise UnsupportedModelError(
-            f"{path} is quantised ({method}); supported are float32, bfloat16 and float16 weights"
-        )
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-    if rope_type not in SUPPORTED_ROPE_TYPES:
-        raise UnsupportedModelError(
-            f"{path} has the rope type {rope_type!r}; supported are {', '.join(SUPPORTED_ROPE_TYPES)}"
-        )
-    partial = (isinstance(rope, dict) and rope.get("partial_rotary_factor")) or raw.get(
-        "partial_rotary_factor"
-    )
-    if partial not in (None, 1.0):
-        raise UnsupportedModelError(f"{path} has partial_rotary_factor {partial}; supported is 1.0")
 
 
 def _rope(config: Any) -> RopeConfig:
@@ -202,10 +162,8 @@ def _rope(config: Any) -> RopeConfig:
 
 def _eos_token_ids(path: Path, config: Any) -> tuple[int, ...]:
     """The generation config wins: chat models list their end-of-turn token there only."""
-    stated = config.eos_token_id
+    stated, place = config.eos_token_id, path / "config.json"
     generation = path / "generation_config.json"
     if generation.exists():
-        stated = read_json(generation).get("eos_token_id", stated)
-    if stated is None:
-        return ()
-    return (stated,) if isinstance(stated, int) else tuple(stated)
+        stated, place = read_json(generation).get("eos_token_id", stated), generation
+    return end_tokens(stated, config.vocab_size, place)

@@ -23,7 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from eda.attention import PackedBatch, masks_for
+from eda.checkpoint import require_finite
+from eda.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE
 from eda.config import RopeConfig
+from eda.draft_files import read_draft_fields, require_draft_tensors
 from eda.errors import CheckpointError, MismatchError
 from eda.kv_cache import KVCache
 from eda.layers import Attention, FeedForward, RMSNorm, RotaryEmbedding
@@ -35,9 +38,6 @@ from eda.private import (
     add_private_output,
     add_private_qkv,
 )
-
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,19 +228,23 @@ class DraftModel(nn.Module):
         """Reads a draft directory.
 
         Raises:
-            CheckpointError: files are missing or unreadable, or fields of ``config.json`` are unknown or absent.
+            CheckpointError: files are missing or unreadable, fields of ``config.json`` are absent or cannot be
+                meant, or values are not finite.
             MismatchError: tensors differ from what ``config.json`` asks for.
         """
-        config = _read_config(directory / CONFIG_FILE)
+        fields = read_draft_fields(directory / CONFIG_FILE)
+        require_draft_tensors(directory, fields)
+        config = DraftConfig(**fields)
         try:
             weights = load_file(directory / WEIGHTS_FILE)
         except Exception as error:
             raise CheckpointError(
                 f"{directory / WEIGHTS_FILE} cannot be read as safetensors: {error}"
             ) from error
-        draft_token_ids = weights.get("draft_token_ids")
-        if draft_token_ids is None:
-            raise MismatchError(f"{directory / WEIGHTS_FILE} has no tensor 'draft_token_ids'")
+        draft_token_ids = weights["draft_token_ids"]
+        for name, weight in weights.items():
+            if weight.is_floating_point():
+                require_finite(weight, name, directory)
         draft = cls(config, draft_token_ids)
         try:
             draft.load_state_dict({name: weight.to(_dtype_of(weight)) for name, weight in weights.items()})
@@ -251,18 +255,3 @@ class DraftModel(nn.Module):
 
 def _dtype_of(weight: Tensor) -> torch.dtype:
     return torch.float32 if weight.is_floating_point() else weight.dtype
-
-
-def _read_config(path: Path) -> DraftConfig:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(document, dict) or document.get("model_type") != "eda_draft":
-        raise CheckpointError(f'{path} is not a draft: "model_type" must be "eda_draft"')
-    fields = {field.name for field in dataclasses.fields(DraftConfig)}
-    values = {name: value for name, value in document.items() if name in fields}
-    try:
-        return DraftConfig(**{**values, "tap_layers": tuple(values["tap_layers"])})
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} lacks a field of a draft configuration: {error}") from error

@@ -4,6 +4,7 @@
     ├── CheckpointError                 a model directory that cannot be used
     │   ├── UnsupportedModelError       an architecture or adapter kind that is not implemented
     │   └── MismatchError               parts that were not made for each other
+    ├── NonFiniteLogitsError            a target that computes NaN or infinities
     ├── CacheFullError                  a sequence that does not fit into the key/value cache
     ├── DataError                       training or prompt data that cannot be read
     └── TrainingError                   training that had to stop
@@ -26,6 +27,10 @@ class UnsupportedModelError(CheckpointError):
 
 class MismatchError(CheckpointError):
     """Two parts that do not belong together: fingerprints, shapes or vocabularies differ."""
+
+
+class NonFiniteLogitsError(EdaError):
+    """The target's logits at some place are not finite: no token can be chosen there."""
 
 
 class CacheFullError(EdaError):

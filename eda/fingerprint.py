@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from eda.checkpoint import ADAPTER_CONFIG_FILE, Checkpoint, WeightSource
-from eda.config import ModelConfig, read_json
+from eda.checkpoint_files import read_json
+from eda.config import ModelConfig
+from eda.lora_config import LoraConfig
 
 _SAMPLE_BYTES = 4096
 # What else decides the function that a LoRA computes; everything else in its config is about training.
@@ -35,6 +37,7 @@ def fingerprint_directory(path: Path) -> str:
     """
     path = Path(path)
     if (path / ADAPTER_CONFIG_FILE).exists():
+        LoraConfig.from_directory(path)  # refuses what is none
         raw = read_json(path / ADAPTER_CONFIG_FILE)
         fields = {name: raw.get(name) for name in _LORA_FIELDS}
         fields["modules_to_save"] = sorted(fields["modules_to_save"] or [])

@@ -136,6 +136,8 @@ def _step(
     step_results = decoder.step([row for _, row, _ in scheduled])
     for (sequence, _, decoded), result in zip(scheduled, step_results, strict=True):
         generation, request = results[sequence.place], sequence.request
+        if result.failure is not None:
+            raise result.failure
         if decoded:
             generation.steps.append((result.num_draft_tokens, result.num_accepted))
         count = 0

@@ -1,41 +1,25 @@
 """LoRA fine-tunes of a target, kept unmerged so that the tokens of one pass can use different ones."""
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from eda.checkpoint import ADAPTER_CONFIG_FILE, Checkpoint, Projection, layer_projections, listed
-from eda.config import ModelConfig, read_json
+from eda.checkpoint import Checkpoint, Projection, layer_projections, listed, require_finite
+from eda.config import ModelConfig
 from eda.errors import CheckpointError, MismatchError, UnsupportedModelError
 from eda.fingerprint import fingerprint_directory
+from eda.lora_config import LoraConfig
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 _PREFIX = "base_model.model."
+# "...lora_A.default.weight", "...lora_embedding_A.default", "...modules_to_save.default.weight".
+_IN_MEMORY = re.compile(r"\.(?:lora_(?:embedding_)?[AB]|modules_to_save)\.((?!weight$)[^.]+)(?:\.weight)?$")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-# Kinds of LoRA that compute something else than W x + B A x; their switches are off, empty or absent in a plain one.
-_REFUSED_SWITCHES = {
-    "use_dora": "DoRA",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "block-diagonal LoRA",
-    "lora_bias": "LoRA with a bias on B",
-    "fan_in_fan_out": "transposed weights (fan_in_fan_out)",
-    "alora_invocation_tokens": "activated LoRA",
-    "arrow_config": "Arrow routing",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-    "layer_replication": "layer replication",
-    "target_parameters": "LoRA on bare parameters (target_parameters)",
-    "trainable_token_indices": "trained token rows (trainable_token_indices)",
-}
-# Other initialisations (pissa, olora, corda, loftq, ...) also change the base's weights.
-_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal", None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,11 +96,10 @@ class LoraAdapter:
             MismatchError: made for another base.
         """
         path = Path(path)
-        raw = read_json(path / ADAPTER_CONFIG_FILE)
-        _refuse_other_kinds(raw, path)
+        settings = LoraConfig.from_directory(path)
         checkpoint = Checkpoint.of_adapter(path)
-        _check_base(raw, checkpoint, base_fingerprint)
-        reader = _Reader(checkpoint, raw, config, dtype, torch.device(device))
+        _check_base(settings.base_path, checkpoint, base_fingerprint)
+        reader = _Reader(checkpoint, settings, config, dtype, torch.device(device))
         return reader.read(fingerprint_directory(path))
 
 
@@ -144,31 +127,16 @@ def add_low_rank(output: Tensor, given: Tensor, segment: LoraSegment, update: Lo
             part += ranks @ block.b.T
 
 
-def _refuse_other_kinds(raw: Mapping[str, Any], path: Path) -> None:
-    kind = raw.get("peft_type")
-    if kind != "LORA":
-        raise UnsupportedModelError(f"{path} is a PEFT adapter of type {kind}; supported is LORA")
-    for field, name in _REFUSED_SWITCHES.items():
-        if raw.get(field):
-            raise UnsupportedModelError(f"{path} is {name} ({field} is set); supported is plain LoRA")
-    if raw.get("bias", "none") != "none":
-        raise UnsupportedModelError(f"{path} trains biases (bias={raw['bias']!r}); supported is bias='none'")
-    if raw.get("init_lora_weights", True) not in _INITIALISATIONS:
-        raise UnsupportedModelError(
-            f"{path} was initialised with {raw['init_lora_weights']!r}, which changes the base's weights too; "
-            "convert it to a plain LoRA with PEFT's path_initial_model_for_weight_conversion"
-        )
-
-
-def _check_base(raw: Mapping[str, Any], checkpoint: Checkpoint, base_fingerprint: str) -> None:
+def _check_base(named: str | None, checkpoint: Checkpoint, base_fingerprint: str) -> None:
     if not base_fingerprint:
         return
     recorded, source = checkpoint.metadata.get("base_fingerprint"), "its metadata"
-    named = raw.get("base_model_name_or_path")
-    if recorded is None and named and (Path(named) / "config.json").is_file():
+    if recorded is None and named:
         try:
-            recorded, source = fingerprint_directory(Path(named)), str(named)
-        except CheckpointError:
+            if not (Path(named) / "config.json").is_file():
+                return
+            recorded, source = fingerprint_directory(Path(named)), named
+        except (CheckpointError, OSError):
             return  # whatever lies there now says nothing about the adapter
     if recorded is not None and recorded != base_fingerprint:
         raise MismatchError(
@@ -183,20 +151,25 @@ class _Reader:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        raw: Mapping[str, Any],
+        settings: LoraConfig,
         config: ModelConfig,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.checkpoint = checkpoint
-        self.raw = raw
+        self.settings = settings
         self.config = config
         self.dtype = dtype
         self.device = device
         self.unread = set(checkpoint.entries)
+        self.found: set[str] = set()
+        """Modules that have a LoRA, and those that were saved whole."""
 
     def read(self, fingerprint: str) -> LoraAdapter:
         config = self.config
+        if not self.checkpoint.entries:
+            raise CheckpointError(f"{self.checkpoint.path} holds no tensors")
+        _refuse_other_names(self.checkpoint)
         layers = tuple(self._layer(index) for index in range(config.num_layers))
         head = self._low_rank({HEAD: Projection("head", config.hidden_size, 0, config.vocab_size)})
         embedding = self._embedding()
@@ -208,8 +181,7 @@ class _Reader:
             )
         if self.unread:
             self._refuse_unread()
-        if not self.checkpoint.entries:
-            raise CheckpointError(f"{self.checkpoint.path} holds no tensors")
+        self._compare_with_config()
         return LoraAdapter(fingerprint, layers, embedding, embedding_weight, head, head_weight)
 
     def _layer(self, index: int) -> LoraLayer:
@@ -255,35 +227,16 @@ class _Reader:
             return None
         if a is None or b is None:
             raise CheckpointError(f"{self.checkpoint.path} has only one half of the LoRA on {module}")
-        rank, scale = self._rank_and_scale(module)
+        self.found.add(module)
+        rank, scale = self.settings.rank_and_scale(module)
         if a.dim() != 2 or b.dim() != 2 or a.shape[0] != rank or b.shape[1] != rank:
             raise CheckpointError(
                 f"{self.checkpoint.path}: the LoRA on {module} is {list(a.shape)} and {list(b.shape)}; "
                 f"its config says rank {rank}"
             )
-        return a.float(), b.float() * scale
-
-    def _rank_and_scale(self, module: str) -> tuple[int, float]:
-        rank = self._pattern("rank_pattern", module, self.raw.get("r", 8))
-        alpha = self._pattern("alpha_pattern", module, self.raw.get("lora_alpha", 8))
-        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-            raise CheckpointError(
-                f"{self.checkpoint.path}: rank {rank!r} and lora_alpha {alpha!r} on {module}; "
-                "a positive whole number and a number are needed"
-            )
-        return rank, alpha / (math.sqrt(rank) if self.raw.get("use_rslora") else rank)
-
-    def _pattern(self, field: str, module: str, default: Any) -> Any:
-        """The value of the first key in ``field`` that matches the end of the module's path, as PEFT reads it."""
-        try:
-            for key, value in (self.raw.get(field) or {}).items():
-                if re.match(rf"(.*\.)?({key})$", module):
-                    return value
-        except re.error as error:
-            raise CheckpointError(
-                f"{self.checkpoint.path}: {field} has an invalid pattern: {error}"
-            ) from error
-        return default
+        scaled = b.float() * scale
+        require_finite(scaled, f"{module}.lora_B times lora_alpha / r", self.checkpoint.path)
+        return a.float(), scaled
 
     def _replacement(self, module: str) -> tuple[Tensor | None, bool]:
         """A matrix that replaces the base's, and whether it was saved as the base's own and not as a copy."""
@@ -293,7 +246,7 @@ class _Reader:
             return None, False
         sizes = self.config.vocab_size, self.config.hidden_size
         self._check_sizes(module, tuple(weight.shape), sizes)
-        saved = [name.removeprefix("model.") for name in self.raw.get("modules_to_save") or ()]
+        saved = [name.removeprefix("model.") for name in self.settings.modules_to_save]
         return self._placed(weight), module.removeprefix("model.") not in saved
 
     def _check_sizes(self, module: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
@@ -301,6 +254,47 @@ class _Reader:
             raise MismatchError(
                 f"{self.checkpoint.path} was made for another base: its {module} has sizes {list(found)}, "
                 f"this base has {list(wanted)}"
+            )
+
+    def _compare_with_config(self) -> None:
+        """Refuses a file that lacks a part of what its configuration names, or has more than it names."""
+        settings = self.settings
+        saved = {name.split(".")[-1] for name in settings.modules_to_save}
+        weights = {EMBEDDING.split(".")[-1]: EMBEDDING, HEAD: HEAD}
+        absent = sorted(
+            name
+            for name in saved
+            if not any(
+                f"{_PREFIX}{weights.get(name, name)}.{end}" in self.checkpoint
+                for end in ("weight", "base_layer.weight")
+            )
+        )
+        if absent:
+            raise CheckpointError(
+                f"{self.checkpoint.path} is not whole: its modules_to_save name {listed(absent)}, which it "
+                "does not hold"
+            )
+        if settings.target_modules is None and not settings.is_all_linear:
+            return
+        names = {
+            f"model.layers.{layer}.{name}": layer
+            for layer in range(self.config.num_layers)
+            for name in layer_projections(self.config)
+        }
+        named = {module for module, layer in names.items() if settings.adapts(module, layer)}
+        named |= {module for module in (EMBEDDING, HEAD) if settings.adapts(module, None)}
+        lacking, more = sorted(named - self.found), self.found - named
+        if self.config.tie_word_embeddings and EMBEDDING in named:
+            more.discard(HEAD)  # ensure_weight_tying: what is done to one matrix is saved for both
+        if lacking:
+            raise CheckpointError(
+                f"{self.checkpoint.path} is not whole: its target_modules name {listed(lacking)}, for which "
+                "it holds no LoRA"
+            )
+        if more:
+            raise CheckpointError(
+                f"{self.checkpoint.path} does not match its configuration: it holds a LoRA on {listed(sorted(more))}, "
+                "which its target_modules do not name"
             )
 
     def _refuse_unread(self) -> None:
@@ -328,10 +322,29 @@ class _Reader:
         if full not in self.checkpoint:
             return None
         self.unread.discard(full)
-        return self.checkpoint.tensor(full)
+        tensor = self.checkpoint.tensor(full)
+        require_finite(tensor, full, self.checkpoint.path)
+        return tensor
 
     def _placed(self, tensor: Tensor) -> Tensor:
         return tensor.to(device=self.device, dtype=self.dtype).contiguous()
+
+
+def _refuse_other_names(checkpoint: Checkpoint) -> None:
+    """Names that other tools, or PEFT itself in memory, give to the same tensors."""
+    names = sorted(checkpoint.entries)
+    in_memory = [name for name in names if _IN_MEMORY.search(name)]
+    if in_memory:
+        raise CheckpointError(
+            f"{checkpoint.path} has tensors like {in_memory[0][:120]}: names as they are in a PEFT model's memory, "
+            f"with the adapter's name {_IN_MEMORY.findall(in_memory[0])[0]!r} in them; save it with "
+            "save_pretrained, which leaves that out"
+        )
+    foreign = [name for name in names if not name.startswith(_PREFIX)]
+    if foreign:
+        raise CheckpointError(
+            f"{checkpoint.path} has tensors like {foreign[0][:120]}; names in a PEFT adapter begin with {_PREFIX!r}"
+        )
 
 
 def _module_of(tensor_name: str) -> str:

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eda.checkpoint import Checkpoint, WeightSource, resolve_directory
+from eda.checkpoint_files import is_gguf
 from eda.config import ModelConfig
 from eda.fingerprint import fingerprint_model
 from eda.gguf_file.checkpoint import GgufCheckpoint
+from eda.preflight import check_target
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +25,6 @@ class ModelFiles:
         return fingerprint_model(self.config, self.checkpoint)
 
 
-def is_gguf(path: str | Path) -> bool:
-    """Whether ``path`` names a GGUF file (there or not), by its ending."""
-    return Path(path).suffix.lower() == ".gguf" and not Path(path).is_dir()
-
-
 def open_model(path_or_hub_id: str | Path) -> ModelFiles:
     """A GGUF file, a local directory, or a hub id.
 
@@ -39,4 +36,5 @@ def open_model(path_or_hub_id: str | Path) -> ModelFiles:
         gguf = GgufCheckpoint.open(Path(path_or_hub_id))
         return ModelFiles(gguf.path, gguf.config, gguf)
     path = resolve_directory(path_or_hub_id)
+    check_target(path)  # before anything is built from these sizes
     return ModelFiles(path, ModelConfig.from_directory(path), Checkpoint.of_model(path))

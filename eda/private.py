@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from eda.checkpoint import require_finite
+from eda.checkpoint_files import FLOAT_TYPES, listed, read_header
 from eda.errors import CheckpointError, MismatchError
 from eda.layers import FeedForward
 
@@ -163,24 +165,30 @@ class PrivateModule(nn.Module):
             CheckpointError: the file is missing, unreadable, not safetensors, or holds non-finite values.
             MismatchError: names or shapes differ from ``config``.
         """
-        tensors = _read_tensors(path)
+        found = _shapes(path)
         expected = config.tensor_shapes()
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != expected:
             raise MismatchError(
                 f"{path} holds tensors {found}; the adapter's configuration asks for {expected}"
             )
         module = cls(config, dtype=dtype, device=device)
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor.float()).all():
-                raise CheckpointError(f"{path}: tensor {name!r} holds values that are not finite")
+        for name, tensor in _read_tensors(path).items():
+            require_finite(tensor, name, path)
             getattr(module, name).data.copy_(tensor)
         return module.requires_grad_(False).eval()
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path} is not a .safetensors file; other formats are refused")
+    entries, _ = read_header(path)
+    odd = sorted({entry.dtype for entry in entries.values()} - set(FLOAT_TYPES))
+    if odd:
+        raise CheckpointError(f"{path} has tensors of type {listed(odd)}; {', '.join(FLOAT_TYPES)} are read")
+    return {name: entry.shape for name, entry in entries.items()}
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)

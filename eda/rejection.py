@@ -135,7 +135,7 @@ def _accept_blocks(target_probs: Tensor, drafts: Sequence[_SampledDraft]) -> Non
 def verify_sampled(
     logits: Tensor, proposals: Sequence[Proposal | None], generator: torch.Generator, *, block: bool
 ) -> list[tuple[list[int], int]]:
-    """Accepted nodes and the token that follows them, for each row.
+    """Accepted nodes and the token that follows them, for each row; -1 for a token that NaN would decide.
 
     Args:
         logits: processed, ``[S, V]``; row ``r`` owns ``1 + n_r`` consecutive lines.
@@ -158,9 +158,11 @@ def verify_sampled(
             _accept_candidates(draft)
         elif not block:
             _accept_tokens(draft)
+    usable = target_probs[:, 0].isfinite()  # a softmax over anything that is not finite is NaN everywhere
     if any(draft.token_ids for draft in drafts):
-        target_probs = _remainders(target_probs, drafts)
-    tokens: list[int] = draw(target_probs, generator).tolist()
+        last = torch.tensor([draft.last_line for draft in drafts], device=target_probs.device)
+        usable, target_probs = usable[last], _remainders(target_probs, drafts)
+    tokens: list[int] = draw(target_probs, generator).where(usable, -1).tolist()
     return [(draft.nodes, token_id) for draft, token_id in zip(drafts, tokens, strict=True)]
 
 

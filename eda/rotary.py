@@ -1,11 +1,14 @@
 """Rotary position embedding of packed tokens."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from eda.config import RopeConfig
+from eda.errors import CheckpointError
 
 _FIRST_TABLE_LENGTH = 2048
 
@@ -101,7 +104,14 @@ def _static_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]
             max_position_embeddings=rope.max_position_embeddings,
             rope_parameters={"rope_type": rope.type, "rope_theta": rope.theta, **rope.parameters},
         )
-        frequencies, scaling = ROPE_INIT_FUNCTIONS[rope.type](config, torch.device("cpu"))
+        try:
+            frequencies, scaling = ROPE_INIT_FUNCTIONS[rope.type](config, torch.device("cpu"))
+        except Exception as error:  # they raise what their arithmetic raises
+            raise CheckpointError(
+                f"rope parameters {dict(rope.parameters)} cannot be used: {error!r}"
+            ) from error
+    if not frequencies.isfinite().all() or not math.isfinite(scaling):
+        raise CheckpointError(f"rope parameters {dict(rope.parameters)} give frequencies that are not finite")
     return frequencies, float(scaling)
 
 

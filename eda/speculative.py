@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eda.draft import DraftModel
-from eda.errors import MismatchError
+from eda.errors import MismatchError, NonFiniteLogitsError
 from eda.kernels.parallel import kernel_threads_only
 from eda.kv_cache import KVCache
 from eda.packing import StepRow, lora_segments, pack, place_rows
@@ -51,6 +51,8 @@ class StepResult:
     logprobs: list[TokenLogprobs] | None = None
     num_draft_tokens: int = 0
     num_accepted: int = 0
+    failure: NonFiniteLogitsError | None = None
+    """Why the sequence cannot go on; there are no tokens then, and the caller releases it."""
 
 
 class SpeculativeDecoder:
@@ -357,6 +359,9 @@ class SpeculativeDecoder:
             state, extent = row.state, row.state.extent
             if extent is None:
                 raise RuntimeError("a sequence was released in the middle of a step")
+            if not verdict.is_finite:
+                results[row.index] = StepResult([], failure=_not_finite(state))
+                continue
             accepted = verdict.accepted_nodes
             if row.proposal is not None and state.drafts:
                 state.cut_features(row.num_tokens, accepted)
@@ -381,6 +386,13 @@ class SpeculativeDecoder:
         if source:
             self.cache.move(*upload([source, destination], self._device))
         return results
+
+
+def _not_finite(state: SequenceState) -> NonFiniteLogitsError:
+    return NonFiniteLogitsError(
+        f"the logits of {state.fine_tune.name!r} after {len(state.token_ids)} tokens are not finite: its weights are "
+        "damaged or too large for the type that it computes in"
+    )
 
 
 def check_draft_fits(draft: DraftModel, target: TargetModel) -> None:

@@ -15,6 +15,7 @@ from eda.checkpoint import (
     ADAPTER_CONFIG_FILE,
     copy_weights,
     layer_projections,
+    require_tensors,
     resolve_directory,
     vocabulary,
 )
@@ -60,7 +61,8 @@ class TargetOutput:
     logits: Tensor | None = None
     """Float32 ``[N, vocab_size]`` of the wanted tokens, where the pass was asked for them."""
     best: list[int] | None = None
-    """Their likeliest tokens, where the pass was asked for these (first id of equals)."""
+    """Their likeliest tokens, where the pass was asked for these (first id of equals, -1 where logits
+    are not finite)."""
 
 
 class TargetModel(nn.Module):
@@ -111,11 +113,13 @@ class TargetModel(nn.Module):
             config = replace(config, tie_word_embeddings=tied)
         with torch.device("meta"):  # no time and memory for an initialisation that is overwritten
             model = cls(config, fingerprint=files.fingerprint, path=files.path)
+        ignored = re.compile(f"{_RECOMPUTED.pattern}|^{re.escape(_HEAD)}$")
+        ignored = ignored if config.tie_word_embeddings else _RECOMPUTED
+        require_tensors(checkpoint, model._places(), ignored)  # before memory is taken
         model = model.to(dtype or automatic_dtype(device)).to_empty(device=device)
         if config.tie_word_embeddings:
             model.head = model.embedding
-        ignored = re.compile(f"{_RECOMPUTED.pattern}|^{re.escape(_HEAD)}$")
-        copy_weights(checkpoint, model._places(), ignored if config.tie_word_embeddings else _RECOMPUTED)
+        copy_weights(checkpoint, model._places(), ignored)
         model._pack()
         return model.requires_grad_(False)
 

@@ -10,10 +10,10 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
 from eda.chat_template import template_source
+from eda.checkpoint_files import is_gguf
 from eda.config import read_json
 from eda.errors import CheckpointError, MismatchError
 from eda.gguf_file.tokenizer import read_tokenizer
-from eda.model_files import is_gguf
 from eda.tokenizer import TextTokenizer
 
 logger = logging.getLogger(__name__)

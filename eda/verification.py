@@ -62,6 +62,8 @@ class Verdict:
     """Numbers (from 1) of the accepted nodes, from the root downwards; ``len`` is ``num_accepted``."""
     logprobs: list[TokenLogprobs] | None
     """One per emitted token; ``None`` when the request wants none."""
+    is_finite: bool = True
+    """``False``: the target's logits are not finite, so nothing is emitted."""
 
 
 def verify(
@@ -81,7 +83,8 @@ def verify(
         rows: one per sequence.
         generator: source of all randomness of rows that are neither greedy nor seeded.
         block: verify sampled chains as a block, which accepts at least as many tokens on average.
-        best: the argmax of each line, where all rows just take the likeliest token of raw logits.
+        best: the argmax of each line, where all rows just take the likeliest token of raw logits; -1 where these are
+            not finite.
         in_kernel: the C++ functions are there, and verify the rows that they cover.
 
     Returns:
@@ -125,7 +128,10 @@ def verify(
 def _verify_in_torch(
     logits: Tensor, rows: Sequence[VerificationRow], generator: torch.Generator, *, block: bool
 ) -> list[tuple[list[int], int]]:
-    """Accepted nodes and the next token of each row, of any kind; ``logits`` are those of these rows alone."""
+    """Accepted nodes and the next token of each row, of any kind; ``logits`` are those of these rows alone.
+
+    The token is -1 where the logits that it would be chosen by are not finite.
+    """
     *starts, _ = accumulate((1 + _num_nodes(row) for row in rows), initial=0)
     processed = _process(logits, rows)
     sampled = [index for index, row in enumerate(rows) if row.sampling.is_sampled]
@@ -146,6 +152,9 @@ def _verdicts(rows: Sequence[VerificationRow], outcomes: dict[int, tuple[list[in
     verdicts = []
     for index, row in enumerate(rows):
         nodes, token_id = outcomes[index]
+        if token_id < 0:
+            verdicts.append(Verdict([], [], None, is_finite=False))
+            continue
         accepted = [row.proposal.token_ids[node - 1] for node in nodes] if row.proposal is not None else []
         verdicts.append(Verdict([*accepted, token_id], nodes, None))
     return verdicts
@@ -196,7 +205,8 @@ def _verify_by_argmax(scores: Tensor, rows: Sequence[VerificationRow]) -> list[t
             seeds += [None if row.sampling.is_greedy else row.sampling.seed] * len(depths)
             positions += [row.position + depth for depth in depths]
         scores = add_noise(scores.to(torch.float32), seeds, positions, None, scores.shape[1])
-    best: list[int] = scores.argmax(-1).tolist()
+    highest, places = scores.max(-1)  # NaN comes through
+    best: list[int] = places.where(highest.isfinite(), -1).tolist()
     return _walk(best, rows)
 
 
@@ -226,10 +236,12 @@ def _with_logprobs(
     places: list[tuple[int, int]] = []
     width = 0
     for row, start, verdict in zip(rows, starts, verdicts, strict=True):
-        if row.sampling.num_logprobs is not None:
+        if row.sampling.num_logprobs is not None and verdict.is_finite:
             width = max(width, row.sampling.num_logprobs)
             lines = [start, *(start + node for node in verdict.accepted_nodes)]
             places += zip(lines, verdict.token_ids, strict=True)
+    if not places:
+        return list(verdicts)
     lines_index, tokens_index = torch.tensor(places, device=logits.device).unbind(1)
     logprobs = logits[lines_index].to(torch.float32).log_softmax(-1)
     chosen: list[float] = logprobs.gather(1, tokens_index[:, None])[:, 0].tolist()
@@ -241,7 +253,7 @@ def _with_logprobs(
     place = 0
     for row, verdict in zip(rows, verdicts, strict=True):
         count = row.sampling.num_logprobs
-        if count is None:
+        if count is None or not verdict.is_finite:
             completed.append(verdict)
             continue
         entries = []

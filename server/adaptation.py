@@ -17,7 +17,7 @@ from adapters.submission import DataLimits
 from adapters.traffic import TrafficRecorder
 from adapters.worker_process import DATABASE_FILE, WorkerSettings
 from adapters.workspaces import Workspaces
-from server.models import ModelPaths
+from server.model_paths import ModelPaths
 from server.settings import Settings
 from server.worker_supervisor import WorkerSupervisor
 

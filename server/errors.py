@@ -19,6 +19,7 @@ A body is ``{"error": {"message", "type", "param", "code"}}``, for errors of the
 
 from typing import Any, ClassVar
 
+from eda.errors import NonFiniteLogitsError
 from server.engine.engine import DeadlineError, EngineStoppedError, ModelStepError, QueueFullError
 
 RETRY_AFTER_SECONDS = 2
@@ -178,6 +179,8 @@ def from_engine(error: Exception) -> ApiError:
         return UnavailableError(str(error))
     if isinstance(error, DeadlineError):
         return TimeLimitError(str(error))
+    if isinstance(error, ModelStepError) and isinstance(error.__cause__, NonFiniteLogitsError):
+        return RequestFailedError(str(error.__cause__), code="non_finite_logits")
     if isinstance(error, ModelStepError):
         return RequestFailedError("the model failed on this request; other requests are not affected")
     return RequestFailedError("an unexpected error ended this request")

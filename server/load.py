@@ -11,6 +11,8 @@ from typing import Any
 import httpx
 import numpy as np
 
+from eda.json_files import parse_json
+
 
 class LoadError(Exception):
     """The server cannot be reached, refuses a request, or the prompts cannot be read."""
@@ -112,7 +114,7 @@ def read_prompts(path: Path, limit: int) -> list[str]:
     """The first ``limit`` prompts of a file with one ``{"id", "prompt"}`` a line. Raises ``LoadError``."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-        prompts = [str(json.loads(line)["prompt"]) for line in lines if line.strip()]
+        prompts = [str(parse_json(line.encode())["prompt"]) for line in lines if line.strip()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LoadError(f"{path} cannot be read as prompts: {error!r}") from error
     if not prompts:

@@ -5,6 +5,7 @@ from functools import lru_cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from eda.errors import NonFiniteLogitsError
 from server.engine.sequence import Sequence, SequenceLabels, StepStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -45,6 +46,9 @@ class ServerMetrics:
         )
         self.finished = self._counter(
             "vllm:request_success", "Finished sequences by reason", "finished_reason"
+        )
+        self.non_finite = self._counter(
+            "eda:non_finite_logits", "Sequences that ended because the target's logits were not finite"
         )
         self.first_token = self._histogram(
             "vllm:time_to_first_token_seconds", "From arrival to the first token", _FIRST_TOKEN_BUCKETS
@@ -95,6 +99,8 @@ class ServerMetrics:
         timing = sequence.timing
         self.finished.labels(*values, str(sequence.finish_reason)).inc()
         self.generation_tokens.labels(*values).inc(sequence.num_output_tokens)
+        if isinstance(sequence.failure, NonFiniteLogitsError):
+            self.non_finite.labels(*values).inc()
         if timing.first_token is None or timing.last_token is None:
             return
         self.prompt_tokens.labels(*values).inc(sequence.num_prompt_tokens)

@@ -1,5 +1,6 @@
 """From what the engine gives to what clients read: choices, log-probabilities, usage and metrics."""
 
+import math
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -97,7 +98,10 @@ def _top_logprob(tokenizer: TextTokenizer, token_id: int, value: float) -> TopLo
 
 
 def _finite(value: float) -> float:
-    return value if value > LOWEST_LOGPROB else LOWEST_LOGPROB
+    """Raises ``ValueError`` for NaN, which is no probability: such a sequence fails before it comes here."""
+    if math.isnan(value):
+        raise ValueError("a log-probability is NaN")
+    return max(value, LOWEST_LOGPROB)
 
 
 def usage_of(request: PreparedRequest) -> Usage:

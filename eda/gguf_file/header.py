@@ -20,7 +20,7 @@ from gguf.constants import (
 )
 from numpy.typing import NDArray
 
-from eda.checkpoint import TensorEntry
+from eda.checkpoint_files import TensorEntry
 from eda.errors import CheckpointError, UnsupportedModelError
 
 _MAGIC = b"GGUF"

@@ -321,21 +321,18 @@ void head_product(Pool& pool, int rank, const bf16* given, int64_t stride, int s
 }
 
 
-// The first place of the largest of `count` values.
+// The first place of the largest of `count` values; -1 where that is not finite or one of them is NaN.
 int likeliest(const float* values, int count) {
-  __m512 best = _mm512_set1_ps(-INFINITY);
-  for (int first = 0; first < count; first += 16) {
-    const __mmask16 live = __mmask16((1u << std::min(16, count - first)) - 1);
-    best = _mm512_max_ps(best, _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), live, values + first));
-  }
-  const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(best));
+  const float found = largest(values, count);
+  if (!std::isfinite(found)) return -1;
+  const __m512 top = _mm512_set1_ps(found);
   for (int first = 0; first < count; first += 16) {
     const __mmask16 live = __mmask16((1u << std::min(16, count - first)) - 1);
     const __m512 part = _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), live, values + first);
     if (const __mmask16 equal = __mmask16(live & _mm512_cmp_ps_mask(part, top, _CMP_EQ_OQ)))
       return first + __builtin_ctz(equal);
   }
-  return 0;
+  return -1;
 }
 
 }  // namespace

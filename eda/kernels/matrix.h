@@ -39,6 +39,20 @@ inline __m512 exp_ps(__m512 x) {
   return _mm512_maskz_scalef_ps(live, y, n);
 }
 
+// The largest of `count` values; NaN where one of them is NaN.
+inline float largest(const float* values, int count) {
+  const __m512 lowest = _mm512_set1_ps(-INFINITY);
+  __m512 best = lowest;
+  __mmask16 odd = 0;
+  for (int first = 0; first < count; first += 16) {
+    const __mmask16 live = __mmask16((1u << std::min(16, count - first)) - 1);
+    const __m512 part = _mm512_mask_loadu_ps(lowest, live, values + first);
+    best = _mm512_max_ps(best, part);
+    odd = __mmask16(odd | _mm512_cmp_ps_mask(part, part, _CMP_UNORD_Q));
+  }
+  return odd ? NAN : _mm512_reduce_max_ps(best);
+}
+
 inline __m512 silu_ps(__m512 x) {
   const __m512 floor = _mm512_max_ps(x, _mm512_set1_ps(-80.0f));  // keeps exp(-x) finite
   const __m512 e = exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), floor));

@@ -14,7 +14,8 @@ extern "C" {
 
 // All layers over `embedded [count, hidden]`. Writes the normalised last hidden states to `hidden` and, where
 // `features` is not null, the states behind the layers `taps[3]` to `features [count, 3 * hidden]`. For the tokens in
-// `wanted`, `logits [num_wanted, num_outputs]` are written where not null, and the likeliest tokens to `best` likewise.
+// `wanted`, `logits [num_wanted, num_outputs]` are written where not null, and the likeliest tokens to `best` likewise (-1 where logits are not
+// finite).
 void eda_run_target(int num_threads, const Shape* shape, const Layer* layers, int num_layers, const float* final_norm,
                     const Packed* head, const Tokens* tokens, const bf16* embedded, bf16* hidden, bf16* features,
                     const int32_t* taps, const int32_t* wanted, int num_wanted, int num_outputs, float* logits,

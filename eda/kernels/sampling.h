@@ -70,12 +70,15 @@ double cut_below(float limit, float* weights, int count) {
 }
 
 // Writes exp((logit - largest) / temperature) of what top-k, then top-p, then min-p leave, 0 elsewhere; returns the sum.
-// Weights equal to the last one that is kept are kept too.
+// Weights equal to the last one that is kept are kept too. Returns NaN, and writes 0 only, where a logit is NaN or the
+// largest is not finite.
 double weigh(const float* logits, int count, const Sampling& sampling, float* weights) {
-  __m512 tops = _mm512_set1_ps(-INFINITY);
-  for (int first = 0; first < count; first += 16)
-    tops = _mm512_max_ps(tops, _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), lanes(count - first), logits + first));
-  const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(tops)), inverse = _mm512_set1_ps(1.0f / sampling.temperature);
+  const float found = largest(logits, count);
+  if (!std::isfinite(found)) {
+    std::fill(weights, weights + count, 0.0f);
+    return NAN;
+  }
+  const __m512 top = _mm512_set1_ps(found), inverse = _mm512_set1_ps(1.0f / sampling.temperature);
   __m512d sums[2] = {_mm512_setzero_pd(), _mm512_setzero_pd()};
   for (int first = 0; first < count; first += 16) {
     const __mmask16 live = lanes(count - first);

@@ -53,7 +53,7 @@ class KernelOutput:
     logits: Tensor | None
     """Float32 ``[N, vocab_size]``."""
     best: list[int]
-    """The likeliest token of each wanted one; the lowest id of equals."""
+    """The likeliest token of each wanted one; the lowest id of equals, -1 where logits are not finite."""
 
 
 class TargetKernel:

@@ -50,13 +50,17 @@ double subtract_draft(const VerifiedRow& row, const float* probabilities, double
   return sum_of(weights, count);
 }
 
-// Verifies one row: how many drafted tokens are accepted, and in `token` the one that follows them. A line of logits
-// behind the first rejected token is never looked at. `weights` has room for a line.
+// Verifies one row: how many drafted tokens are accepted, and in `token` the one that follows them; -1 where a
+// line of logits is not finite. A line behind the first rejected token is never looked at. `weights` has room for a line.
 int verify_row(const VerifiedRow& row, const float* logits, int count, const double* uniforms, double last_uniform,
                float* weights, int64_t* token) {
   logits += int64_t(row.first_line) * count;
   for (int accepted = 0;; ++accepted, logits += count) {
     double total = weigh(logits, count, row.sampling, weights);
+    if (std::isnan(total)) {
+      *token = -1;
+      return accepted;
+    }
     if (accepted < row.num_draft) {
       const float* probabilities = row.draft_probs + int64_t(accepted) * row.num_columns;
       const int64_t drafted = row.token_ids[accepted];

@@ -36,6 +36,8 @@ def verify_chains(
 ) -> list[tuple[list[int], int]]:
     """Accepted nodes and the token that follows them, for each of ``B`` rows that ``can_verify``.
 
+    The token is -1 where the logits that it would be drawn from are not finite.
+
     Args:
         logits: raw, float32 ``[N, V]``, contiguous.
         first_lines: the line of each row's root; the lines of its nodes follow.

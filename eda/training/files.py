@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from eda.errors import DataError, TrainingError
+from eda.json_files import read_json
 
 _PACKAGES = ("eda-server", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -47,7 +48,7 @@ def write_json(path: Path, document: Any) -> None:
 def read_json_if_present(path: Path) -> Any:
     """The document in ``path``, or ``None`` when there is no such file. Raises ``DataError`` when it is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -1,18 +1,19 @@
 """Prompts for regeneration, from JSON lines, and how a chat is written as token ids."""
 
 import gzip
-import json
 import random
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self, cast
 
 from eda.chat_template import ChatTemplateError, Render
 from eda.chat_template import render as render_without_limits
 from eda.errors import DataError
+from eda.json_files import MAX_LINE_BYTES, json_lines, open_regular, parse_json
 from eda.target import FineTune
 from eda.tokenizer import TextTokenizer
 from eda.tokenizer_files import load_tokenizer
@@ -21,6 +22,8 @@ from eda.training.progress import ShouldStop, StageStoppedError, never_stop
 Message = Mapping[str, str]
 
 _SECONDS_BETWEEN_QUESTIONS = 0.2
+MAX_TEXT_BYTES = 4 << 30
+"""Of a file of prompts or texts after unpacking: a small gzip file can hold any number of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +104,10 @@ def split_held_out(
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers (from 1) and objects; blank lines are passed over."""
     try:
-        opened: Any = gzip.open if path.suffix == ".gz" else open
-        with opened(path, "rt", encoding="utf-8") as stream:
-            for number, line in enumerate(stream, start=1):
-                if not line.strip():
-                    continue
+        with _opened(path) as stream:
+            for number, line in json_lines(stream, max_bytes=MAX_TEXT_BYTES):
                 try:
-                    row = json.loads(line)
+                    row = parse_json(line, max_bytes=MAX_LINE_BYTES)
                 except ValueError as error:
                     raise DataError(f"{path}, line {number} is not JSON: {error}") from error
                 if not isinstance(row, dict):
@@ -115,8 +115,18 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                         f"{path}, line {number} holds a JSON {type(row).__name__}; an object was expected"
                     )
                 yield number, row
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    with open_regular(path) as stream:
+        if path.suffix != ".gz":
+            yield stream
+            return
+        with gzip.GzipFile(fileobj=stream) as text:
+            yield cast(BinaryIO, text)
 
 
 def _parse(row: dict[str, Any], default_id: str, place: str) -> Prompt:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from eda.errors import DataError
+from eda.json_files import parse_json
 from eda.training.files import write_bytes_atomically
 
 
@@ -53,7 +54,7 @@ def read_samples(path: Path) -> list[Sample]:
     samples = []
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last line feed was cut off
         try:
-            row = json.loads(line)
+            row = parse_json(line.encode())
             samples.append(
                 Sample(
                     str(row["id"]),

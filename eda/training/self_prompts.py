@@ -3,7 +3,6 @@
 A chat model that is given only the opening of a user's turn goes on with what users of its training data asked.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from eda.errors import DataError, TrainingError
 from eda.generation import Generation, GenerationRequest, generate
+from eda.json_files import parse_json
 from eda.sampling import SamplingParams
 from eda.speculative import Speculation, SpeculativeDecoder
 from eda.target import FineTune
@@ -125,6 +125,6 @@ def _distinct(texts: Sequence[str], min_words: int) -> list[str]:
 def _read_attempts(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would also cut inside a text
-        return [str(json.loads(line)["text"]) for line in lines if line]
-    except (OSError, ValueError, KeyError) as error:
+        return [str(parse_json(line.encode())["text"]) for line in lines if line]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error

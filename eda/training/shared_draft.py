@@ -7,7 +7,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from eda.draft import CONFIG_FILE, WEIGHTS_FILE, DraftConfig, DraftModel
+from eda.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE
+from eda.draft import DraftConfig, DraftModel
 from eda.errors import TrainingError
 from eda.speculative import SpeculativeDecoder
 from eda.target import FineTune, TargetModel

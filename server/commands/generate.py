@@ -15,18 +15,19 @@ from adapters.errors import AdapterServiceError
 from adapters.loading import ModelLoader
 from adapters.store import AdapterStore
 from eda.chat_template import ChatTemplateError
+from eda.checkpoint_files import is_gguf
 from eda.draft import DraftModel
 from eda.errors import EdaError, MismatchError
 from eda.generation import Generation, GenerationRequest, summarise
 from eda.generation import generate as generate_batch
-from eda.model_files import is_gguf
 from eda.private import PrivateModule
 from eda.sampling import SamplingParams
 from eda.speculative import Speculation, SpeculativeDecoder
 from eda.target import FineTune, TargetModel, load_fine_tune
 from eda.tokenizer import TextTokenizer
 from eda.tokenizer_files import load_tokenizer
-from server.models import ModelPaths, choose_device, load_pair, model_paths
+from server.model_paths import ModelPaths, model_paths
+from server.models import choose_device, load_pair
 from server.settings import ConfigurationError, Settings, load_settings
 from server.tokenizer import detokenizer_of
 

@@ -8,18 +8,17 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import uvicorn
 
-from server.app import create_app
-from server.connections import AcceptErrors, ServerConfig, room_for_connections
-from server.loading import load_runtime
 from server.logs import configure_logs, logger
-from server.models import model_paths
-from server.services import Runtime, Services
+from server.model_paths import check_models, model_paths
 from server.settings import ConfigurationError, Settings, load_settings
+
+if TYPE_CHECKING:  # they import torch, which takes seconds: files are checked first
+    from server.services import Runtime, Services
 
 PATH = "Paths"
 ENGINE = "Engine"
@@ -28,7 +27,7 @@ ENGINE = "Engine"
 class GracefulServer(uvicorn.Server):
     """Says that it is draining as soon as it is told to stop, and ends when the engine or the loading fails."""
 
-    def __init__(self, config: uvicorn.Config, services: Services) -> None:
+    def __init__(self, config: uvicorn.Config, services: "Services") -> None:
         super().__init__(config)
         self._services = services
         self.failure: BaseException | None = None
@@ -52,6 +51,8 @@ class GracefulServer(uvicorn.Server):
                 signal.signal(number, handler)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        from server.connections import AcceptErrors
+
         asyncio.get_running_loop().set_exception_handler(AcceptErrors())
         await super().startup(sockets)
         if self.started:
@@ -168,7 +169,7 @@ def serve(
         typer.echo(json.dumps(settings.printable(), indent=2))
         return
     try:
-        model_paths(settings)  # what is missing is told before anything is started
+        check_models(model_paths(settings))  # what is wrong is told before anything is started
     except ConfigurationError as error:
         raise _refusal(error) from error
     configure_logs(settings)
@@ -177,6 +178,10 @@ def serve(
 
 def run(settings: Settings) -> int:
     """Serves until a signal comes. Returns the process's exit status: 0, or 1 when something broke."""
+    from server.app import create_app
+    from server.connections import ServerConfig, room_for_connections
+    from server.services import Services
+
     services = Services(settings, load=_load)
     max_connections = room_for_connections(settings.max_connections)
     if max_connections < settings.max_connections:
@@ -200,8 +205,10 @@ def run(settings: Settings) -> int:
     return 0 if server.started else 1
 
 
-def _load(services: Services) -> Runtime:
+def _load(services: "Services") -> "Runtime":
     """Loads the models and takes them out of garbage collection, which large bodies would make walk through them."""
+    from server.loading import load_runtime
+
     runtime = load_runtime(services)
     gc.collect()
     gc.freeze()

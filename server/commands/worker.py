@@ -8,7 +8,7 @@ import typer
 
 from adapters.worker_process import run_worker
 from server.adaptation import worker_settings
-from server.models import model_paths
+from server.model_paths import model_paths
 from server.settings import ConfigurationError, load_settings
 
 

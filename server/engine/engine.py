@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from eda.errors import NonFiniteLogitsError
 from eda.speculative import ScheduledRow, StepResult
 from server.engine.scheduler import Decoder, Scheduler
 from server.engine.sequence import Sequence, SequenceDelta, StepStats
@@ -273,7 +274,7 @@ class Engine:
         lengths = [len(row.state.token_ids) for row in rows]
         results: list[StepResult | Exception]
         try:
-            results = list(self._decoder.step(rows))
+            results = [result.failure or result for result in self._decoder.step(rows)]
         except Exception as error:
             if _is_fatal(error):
                 raise
@@ -291,7 +292,8 @@ class Engine:
         # The failed step may have left the draft's features half updated. Plain decoding needs none of them.
         row.state.drafts = False
         try:
-            return self._decoder.step([row])[0]
+            [result] = self._decoder.step([row])
+            return result.failure or result
         except Exception as error:
             if _is_fatal(error):
                 raise
@@ -302,12 +304,18 @@ class Engine:
 
         A fine-tune that never worked says nothing about the engine: its requests fail, and that is all.
         """
-        failed = {
-            sequence.labels.model_name
-            for sequence, result in zip(sequences, results, strict=True)
-            if isinstance(result, Exception)
+        outcomes = [
+            (sequence.labels.model_name, result) for sequence, result in zip(sequences, results, strict=True)
+        ]
+        working = {name for name, _ in outcomes} - {
+            name for name, result in outcomes if isinstance(result, Exception)
         }
-        working = {sequence.labels.model_name for sequence in sequences} - failed
+        # A model's own numbers, which some prompts may drive out of range at will, are no sign of a broken engine.
+        failed = {
+            name
+            for name, result in outcomes
+            if isinstance(result, Exception) and not isinstance(result, NonFiniteLogitsError)
+        }
         if working:
             self._worked |= working
             self._failed_steps = 0
@@ -343,6 +351,7 @@ class Engine:
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: Exception | None = None) -> Output:
         """Ends a sequence from outside of its own tokens."""
+        sequence.failure = error
         self._finish(sequence, reason)
         if reason is FinishReason.ERROR and error is not None and not isinstance(error, EngineError):
             wrapped = ModelStepError(f"the model failed on this request: {type(error).__name__}: {error}")

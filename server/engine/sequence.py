@@ -123,6 +123,8 @@ class Sequence:
     timing: SequenceTiming = field(default_factory=SequenceTiming)
     counts: SequenceCounts = field(default_factory=SequenceCounts)
     finish_reason: FinishReason | None = None
+    failure: Exception | None = None
+    """What ended it from outside of its own tokens."""
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.state.token_ids)

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from eda.json_files import read_json
 from eda.speculative import Speculation
 from server.engine.sequence import SequenceLabels, StepStats
 
@@ -173,7 +174,7 @@ class SpeculationTable:
         Raises ``SpeculationTableError``.
         """
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = read_json(path)
             levels = tuple(SpeculationLevel(**level) for level in document["levels"])
             return cls(levels, DraftCosts.of_json(document))
         except (OSError, ValueError, KeyError, TypeError) as error:

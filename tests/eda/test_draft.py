@@ -148,7 +148,7 @@ def test_module_files_that_do_not_fit_are_refused(family: Family, tmp_path: Path
     with pytest.raises(CheckpointError, match="'down_proj' holds values that are not finite"):
         PrivateModule.load(path, config)
     path.write_bytes(b"\xff" * 100)
-    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+    with pytest.raises(CheckpointError, match="states a header of"):
         PrivateModule.load(path, config)
     torch.save({"down_proj": torch.zeros(1)}, tmp_path / "private.bin")
     with pytest.raises(CheckpointError, match=r"not a \.safetensors file"):
@@ -171,7 +171,7 @@ def test_a_saved_draft_loads_with_the_same_fingerprint_and_logits(
 
 def test_draft_directories_that_do_not_fit_are_refused(family: Family, tmp_path: Path) -> None:
     directory = tmp_path / "draft"
-    with pytest.raises(CheckpointError, match="cannot be read as JSON"):
+    with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
         DraftModel.load(directory)
     family.draft.save(directory)
     document = json.loads((directory / "config.json").read_text())

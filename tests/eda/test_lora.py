@@ -1,6 +1,9 @@
 """LoRA fine-tunes against PEFT, mixed in one batch; and what is refused."""
 
+import re
 import shutil
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from tiny import edit_json, tiny_lora, tiny_target, tiny_tokenizer
 
 from eda.errors import CheckpointError, EdaError, MismatchError, UnsupportedModelError
 from eda.lora import LoraAdapter, LoraSegment
+from eda.lora_config import ModulePatterns
 from eda.target import FineTune, TargetModel, load_fine_tune
 
 WEIGHTS = "adapter_model.safetensors"
@@ -276,3 +280,123 @@ def test_loading_needs_no_base_model(adapter: Path, model: TargetModel) -> None:
     assert [layer.qkv is not None and layer.output is None for layer in lora.layers] == [True] * 4
     assert lora.head is None
     assert len(lora.fingerprint) == 64
+
+
+# -- patterns, wholeness, values ------------------------------------------------------------------------------------
+
+SLOW = [
+    "(.*)*(.*)*(.*)*(.*)*x",
+    "(([a-z._0-9]+)+)+!",
+    "(a?){60000}a{60000}",
+    r"(.|.)(.|.)*(.|.)*(.|.)*(.|.)*!",
+]
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"])
+@pytest.mark.parametrize("pattern", SLOW)
+def test_a_pattern_is_matched_in_bounded_time(
+    adapter: Path, model: TargetModel, field: str, pattern: str
+) -> None:
+    """Either it is soon found to match nothing, or it is refused; Python's own matcher would go on for years."""
+    edit_json(adapter / CONFIG, **{field: {pattern: 4} if field.endswith("pattern") else pattern})
+    start = time.monotonic()
+    with suppress(CheckpointError):
+        load_fine_tune(adapter, model, "a")
+    assert time.monotonic() - start < 20
+
+
+def test_time_for_patterns_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eda.lora_config.MATCH_SECONDS", 0.1)
+    patterns = ModulePatterns("here", [r"((.|..)*)*\1[A-Z]"])
+    with pytest.raises(CheckpointError, match="here has patterns that take too long to match"):
+        patterns.first("model.layers.31.self_attn.q_proj")
+
+
+@pytest.mark.parametrize(
+    ("patterns", "module", "expected"),
+    [
+        (["q_proj"], "model.layers.1.self_attn.q_proj", 0),
+        (["proj"], "model.layers.1.self_attn.q_proj", None),
+        (["q_proj", "self_attn.q_proj"], "model.layers.1.self_attn.q_proj", 0),
+        ([r".*\.0\..*", "q_proj"], "model.layers.1.self_attn.q_proj", 1),
+        ([r".*\.1\..*", "q_proj"], "model.layers.1.self_attn.q_proj", 0),
+        ([r"model\.layers\.(?:[02]|1)\..*[qv]_proj"], "model.layers.1.self_attn.q_proj", 0),
+        ([r"layers\.1\.self_attn"], "model.layers.1.self_attn.q_proj", None),
+    ],
+)
+def test_patterns_match_as_peft_matches_them(patterns: list[str], module: str, expected: int | None) -> None:
+    """PEFT's own rule is one line, in ``peft.utils.get_pattern_key``."""
+    assert ModulePatterns("here", patterns).first(module) == expected
+    found = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
+    assert found == (None if expected is None else patterns[expected])
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"r": 10**9}, "rank 1000000000"),
+        ({"r": True}, "rank True"),
+        ({"r": "4"}, "rank '4'"),
+        ({"lora_alpha": 10**80}, "alpha 1000"),
+        ({"lora_alpha": None}, "alpha None"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern is a JSON list"),
+        ({"rank_pattern": {"q_proj": -1}}, "rank -1 (rank_pattern of 'q_proj')"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "alpha 'x'"),
+        ({"target_modules": 7}, "target_modules is 7"),
+        ({"target_modules": ["q_proj", 3]}, "target_modules"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'"),
+        ({"modules_to_save": [["lm_head"]]}, "modules_to_save"),
+        ({"layers_to_transform": "1"}, "layers_to_transform"),
+        ({"layers_pattern": "blocks"}, "layers_pattern is 'blocks'"),
+        ({"exclude_modules": {"a": 1}}, "exclude_modules"),
+        ({"target_modules": "x" * 600 + "*"}, "601 characters"),
+    ],
+    ids=str,
+)
+def test_fields_that_cannot_be_meant_are_refused(
+    adapter: Path, model: TargetModel, changes: dict[str, Any], part: str
+) -> None:
+    edit_json(adapter / CONFIG, **changes)
+    refused(adapter, model, CheckpointError, CONFIG, part)
+
+
+def test_a_lora_that_is_not_whole_is_refused(adapter: Path, model: TargetModel) -> None:
+    tensors = load_file(adapter / WEIGHTS)
+    kept = {name: weight for name, weight in tensors.items() if ".layers.2.self_attn.q_proj" not in name}
+    save_file(kept, adapter / WEIGHTS)
+    refused(adapter, model, CheckpointError, "not whole", "model.layers.2.self_attn.q_proj")
+    edit_json(adapter / CONFIG, target_modules=r".*\.(?:[013]\.self_attn\.q_proj|\d\.mlp\.down_proj)")
+    load_fine_tune(adapter, model, "a")
+    edit_json(
+        adapter / CONFIG, target_modules=["q_proj", "down_proj"], exclude_modules="layers.2.self_attn.q_proj"
+    )
+    load_fine_tune(adapter, model, "a")
+    edit_json(adapter / CONFIG, target_modules="all-linear", exclude_modules=None)
+    refused(adapter, model, CheckpointError, "not whole")
+    edit_json(adapter / CONFIG, target_modules=["down_proj"])
+    refused(adapter, model, CheckpointError, "does not match", "model.layers.0.self_attn.q_proj")
+    edit_json(adapter / CONFIG, target_modules=None)  # nothing that could be compared
+    load_fine_tune(adapter, model, "a")
+    edit_json(adapter / CONFIG, modules_to_save=["lm_head"])
+    refused(adapter, model, CheckpointError, "not whole", "modules_to_save name lm_head")
+
+
+@pytest.mark.parametrize(
+    ("value", "changes", "part"),
+    [
+        (float("nan"), {}, "not finite"),
+        (float("inf"), {}, "not finite"),
+        (1e20, {}, "values up to 1e+20"),
+        (1.0, {"lora_alpha": 1e9}, "lora_alpha / r"),
+    ],
+    ids=str,
+)
+def test_a_lora_with_impossible_values_is_refused(
+    adapter: Path, model: TargetModel, value: float, changes: dict[str, Any], part: str
+) -> None:
+    edit_json(adapter / CONFIG, **changes)
+    tensors = load_file(adapter / WEIGHTS)
+    name = "base_model.model.model.layers.3.mlp.down_proj.lora_B.weight"
+    tensors[name][0, 0] = value
+    save_file(tensors, adapter / WEIGHTS)
+    refused(adapter, model, CheckpointError, "lora_B", part)

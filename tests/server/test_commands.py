@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from server.calibration import Measurement, best_levels, draft_costs
-from server.cli import app
+from server.cli import make_app
 from server.commands.bench_serve import with_ratios
 from server.engine.speculation import DraftCosts, SpeculationLevel, SpeculationTable
 from server.load import ClientView, LoadResult, read_prompts
@@ -25,7 +25,7 @@ PROMPT = "the quick brown fox"
 
 
 def run(*arguments: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, list(arguments))
+    result = CliRunner().invoke(make_app(), list(arguments))
     return result.exit_code, result.stdout, result.stderr
 
 
@@ -308,11 +308,12 @@ def test_a_signal_drains_the_server(process: Process) -> None:
 def test_models_that_cannot_be_loaded_end_the_process(family_directory: Path, tmp_path: Path) -> None:
     process = Process(family_directory, tmp_path / "data", "--target", str(family_directory / "math"))
     try:
-        assert process.process.wait(90) == 1
+        assert process.process.wait(90) == 2
     finally:
         process.process.kill()
         process.process.wait(20)
-    assert "config.json" in process.log.read_text(encoding="utf-8")
+    assert "target: " in process.log.read_text(encoding="utf-8")
+    assert "is a PEFT adapter" in process.log.read_text(encoding="utf-8")
 
 
 BREAK_THE_ENGINE = """

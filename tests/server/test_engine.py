@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 import torch
 
+from eda.errors import NonFiniteLogitsError
 from eda.speculative import ScheduledRow, Speculation
 from server.engine.detokenizer import IncrementalDetokenizer
 from server.engine.engine import (
@@ -316,6 +317,23 @@ def test_a_model_that_works_no_longer_is_given_up(threaded: Threaded) -> None:
     threaded.wait_for(lambda: bool(threaded.bench.finished))
     fail_often(threaded, MAX_FAILED_STEPS)
     threaded.wait_for(lambda: bool(threaded.bench.deaths))
+
+
+def test_numbers_that_are_not_finite_are_the_models_fault_and_not_the_engines(threaded: Threaded) -> None:
+    """Else a few prompts that drive one model out of range would end the server for everybody."""
+    threaded.bench.submit(make_sequence())
+    threaded.wait_for(lambda: bool(threaded.bench.finished))
+    threaded.bench.decoder.fail = lambda rows: NonFiniteLogitsError("the logits are not finite")
+    for count in range(2, 3 * MAX_FAILED_STEPS):
+        sequence = make_sequence()
+        threaded.bench.submit(sequence)
+        threaded.wait_for(lambda count=count: len(threaded.bench.finished) == count)  # type: ignore[misc]
+        assert isinstance(sequence.failure, NonFiniteLogitsError)
+    threaded.bench.decoder.fail = lambda rows: None
+    threaded.bench.submit(make_sequence(name="good"))
+    threaded.wait_for(lambda: threaded.bench.finished[-1].request_id == "good")
+    assert threaded.bench.finished[-1].finish_reason is FinishReason.LENGTH
+    assert not threaded.bench.deaths
 
 
 def test_a_fine_tune_that_never_worked_does_not_end_the_engine(threaded: Threaded) -> None:

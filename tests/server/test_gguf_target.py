@@ -15,7 +15,7 @@ from eda.tokenizer_files import load_tokenizer
 from eda.training.prompts import ChatFormat
 from server.cli import app
 from server.loading import load_runtime
-from server.models import model_paths
+from server.model_paths import model_paths
 from server.services import Services
 from server.settings import ConfigurationError, Settings
 from tests.server.serving import serve

@@ -71,7 +71,7 @@ def test_missing_empty_and_binary_files_are_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no prompts"):
         read_prompts(write_lines(tmp_path / "empty.jsonl", ""))
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="line 1 is not JSON: 'utf-8'"):
         read_prompts(tmp_path / "binary.jsonl")
 
 
