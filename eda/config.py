@@ -7,18 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from eda.errors import CheckpointError, UnsupportedModelError
 
-# The configuration classes know each architecture's defaults and the older spellings of a field.
-_CONFIG_CLASSES: dict[str, Any] = {
-    "LlamaForCausalLM": LlamaConfig,
-    "MistralForCausalLM": MistralConfig,
-    "Qwen2ForCausalLM": Qwen2Config,
-    "Qwen3ForCausalLM": Qwen3Config,
+_MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
 }
-SUPPORTED_ARCHITECTURES = tuple(_CONFIG_CLASSES)
+SUPPORTED_ARCHITECTURES = tuple(_MODEL_TYPES)
 SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
@@ -92,8 +90,12 @@ class ModelConfig:
         raw = read_json(path / "config.json")
         architecture = _architecture(raw, path)
         _refuse_unsupported(raw, path)
+        # Its configuration classes know each architecture's defaults and the older spellings of a field. It takes as
+        # long to import as torch, so it is imported when a checkpoint is read.
+        from transformers import CONFIG_MAPPING
+
         try:
-            config = _CONFIG_CLASSES[architecture].from_dict(dict(raw))
+            config: Any = CONFIG_MAPPING[_MODEL_TYPES[architecture]].from_dict(dict(raw))
         except Exception as error:  # the validators of transformers raise many types
             raise CheckpointError(
                 f"{path / 'config.json'} is not a valid {architecture} config: {error}"
@@ -156,10 +158,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def _architecture(raw: Mapping[str, Any], path: Path) -> str:
     named = raw.get("architectures")
     if not named:
-        by_model_type = {config.model_type: name for name, config in _CONFIG_CLASSES.items()}
+        by_model_type = {model_type: name for name, model_type in _MODEL_TYPES.items()}
         named = [by_model_type.get(raw.get("model_type", ""), f"model_type {raw.get('model_type')!r}")]
     for name in named:
-        if name in _CONFIG_CLASSES:
+        if name in _MODEL_TYPES:
             return str(name)
     raise UnsupportedModelError(
         f"{path} holds {', '.join(map(str, named))}; supported are {', '.join(SUPPORTED_ARCHITECTURES)}"

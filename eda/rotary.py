@@ -2,8 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from eda.config import RopeConfig
 
@@ -90,6 +88,9 @@ def _static_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]
     with torch.device("cpu"):  # models are built on the meta device; these values are needed all the same
         if rope.type in ("default", "dynamic"):
             return 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2).float() / head_dim)), 1.0
+        from transformers import LlamaConfig
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
         # Only the attention geometry of this config is read.
         config = LlamaConfig(
             hidden_size=head_dim,

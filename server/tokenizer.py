@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from eda.errors import CheckpointError
 from server.engine.detokenizer import IncrementalDetokenizer
 
@@ -61,6 +59,8 @@ class TextTokenizer:
     @classmethod
     def load(cls, directory: Path) -> "TextTokenizer":
         """Raises ``CheckpointError`` when the directory holds no usable tokenizer."""
+        from transformers import AutoTokenizer  # as slow to import as torch
+
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 str(directory), local_files_only=True, trust_remote_code=False

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from transformers import AutoTokenizer
-
 from eda.errors import CheckpointError, DataError
 
 Message = Mapping[str, str]
@@ -159,6 +157,8 @@ class ChatFormat:
 
         Raises ``CheckpointError`` when none has.
         """
+        from transformers import AutoTokenizer  # as slow to import as torch
+
         for directory in directories:
             if (directory / "tokenizer.json").exists() or (directory / "tokenizer_config.json").exists():
                 try:
