@@ -20,7 +20,7 @@ from eda.checkpoint import ADAPTER_CONFIG_FILE, resolve_directory
 from eda.errors import DataError, EdaError
 from eda.training.files import hash_of_file
 from eda.training.prompts import Prompt, read_prompts
-from eda.training.selection import SCORES
+from eda.training.scores import SCORES
 
 MIN_PROMPTS = 2
 """One to learn from and one to measure with."""

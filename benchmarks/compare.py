@@ -44,7 +44,8 @@ from eda.speculative import SpeculativeDecoder
 from eda.target import load_fine_tune
 from recipes.acceptance import newest_private_module
 from server.engine.speculation import SpeculationTable
-from server.models import ModelPaths, choose_device, load_pair, model_paths
+from server.model_paths import ModelPaths, model_paths
+from server.models import choose_device, load_pair
 from server.settings import load_settings
 
 ROOT = Path(__file__).parents[1]

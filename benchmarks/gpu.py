@@ -47,7 +47,7 @@ from eda.static.choice import GraphChoice
 from eda.static.replay import Backend, CudaGraphBackend, GraphCache, RerunBackend
 from eda.target import FineTune, TargetModel
 from server.engine.speculation import SpeculationTable
-from server.models import model_paths
+from server.model_paths import model_paths
 from server.settings import ConfigurationError, load_settings
 
 SHAPES: dict[str, dict[str, int]] = {

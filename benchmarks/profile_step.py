@@ -23,7 +23,7 @@ from benchmarks.compare import load_family
 from eda.kernels.library import kernels
 from eda.sampling import SamplingParams
 from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
-from server.models import model_paths
+from server.model_paths import model_paths
 from server.settings import load_settings
 
 PROMPT = "Explain step by step what happens when water boils, and why."

@@ -24,7 +24,7 @@ from eda.training.prompts import ChatFormat
 from recipes.acceptance import held_out_prompts
 from server.engine.sequence import DraftMode, SequenceLabels, StepStats
 from server.engine.speculation import SpeculationPolicy, SpeculationTable
-from server.models import model_paths
+from server.model_paths import model_paths
 from server.settings import load_settings
 
 LONGEST_PROMPT = 512

@@ -21,7 +21,7 @@ from eda.training.private_module import PrivateTrainingConfig, train_private_mod
 from eda.training.progress import ProgressEvent
 from eda.training.samples import Sample
 from eda.training.trainer import TrainingConfig
-from server.models import model_paths
+from server.model_paths import model_paths
 from server.settings import load_settings
 
 NUM_STEPS = 1_000_000

@@ -1,4 +1,11 @@
-"""The `eda` console script. Commands live in `server/commands/`, one module each."""
+"""The `eda` console script. Commands live in `server/commands/`, one module each.
+
+These modules declare options. What a command needs to run is imported when it runs, so that help, completion and
+wrong options are answered at once.
+"""
+
+from importlib import metadata
+from typing import Annotated
 
 import typer
 
@@ -18,6 +25,26 @@ app.command("train-draft")(train_draft.train_draft)
 app.command("export")(export.export)
 app.command("worker")(worker.worker)
 app.add_typer(bench.app, name="bench")
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        try:
+            version = metadata.version("eda-server")
+        except metadata.PackageNotFoundError:
+            version = "(not installed)"
+        typer.echo(f"eda {version}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and end.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

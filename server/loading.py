@@ -16,7 +16,8 @@ from server.engine.sequence import Sequence
 from server.engine.speculation import SpeculationPolicy, SpeculationTable, SpeculationTableError
 from server.engine.stopping import FinishReason
 from server.logs import logger
-from server.models import choose_device, load_pair, model_paths, num_cache_slots
+from server.model_paths import model_paths
+from server.models import choose_device, load_pair, num_cache_slots
 from server.services import Runtime, Services
 from server.settings import ConfigurationError, Settings
 from server.tokenizer import TextTokenizer

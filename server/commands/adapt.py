@@ -5,27 +5,16 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from adapters.errors import AdapterServiceError, InvalidInputError, JobInterruptedError
 from adapters.names import check_name
 from adapters.pipeline import AdaptationResult, StageEvent, run_adaptation
 from adapters.spec import AdaptationSpec, DataSpec, TargetKind, TrainingOptions
-from adapters.stage_job import StageModels
-from adapters.stages import TrainingStages
-from adapters.store import AdapterStore
-from adapters.workspaces import PROMPTS_FILE
-from eda.checkpoint import ADAPTER_CONFIG_FILE, resolve_directory
-from eda.draft import DraftModel
 from eda.errors import EdaError
-from eda.fingerprint import fingerprint_directory
 from eda.training.files import hash_of_json, write_bytes_atomically
 from eda.training.prompts import Prompt, read_prompts
-from eda.training.selection import DEFAULT_SCORE, SCORES
-from server.commands.progress_bars import progress_bars, stop_on_interrupt
+from eda.training.scores import DEFAULT_SCORE, SCORES
 
 WORK_DIRECTORY = ".adapt"
 """Below the store; its names begin with a dot, so it is no adapter."""
@@ -90,6 +79,14 @@ def adapt(
     Interrupted, the same command goes on where it was; finished, it says what it published. First the shared draft is
     measured on the fine-tune: where it keeps 95% of its accepted tokens, nothing is trained.
     """
+    import torch
+
+    from adapters.stage_job import StageModels
+    from adapters.stages import TrainingStages
+    from adapters.store import AdapterStore
+    from adapters.workspaces import PROMPTS_FILE
+    from server.commands.progress_bars import progress_bars, stop_on_interrupt
+
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     try:
@@ -159,6 +156,10 @@ def _specification(
     triage: bool,
 ) -> AdaptationSpec:
     """The job. Its id follows from everything that decides the result, so the same command finds its files again."""
+    from eda.checkpoint import ADAPTER_CONFIG_FILE, resolve_directory
+    from eda.draft import DraftModel
+    from eda.fingerprint import fingerprint_directory
+
     path = resolve_directory(fine_tune)
     base = fingerprint_directory(target)
     own = fingerprint_directory(path)
@@ -201,6 +202,9 @@ def _report(name: str, store: Path, result: AdaptationResult) -> None:
     if result.version is None:
         typer.echo(f"{result.reason}; nothing was trained (--skip-triage trains all the same)")
         return
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(
         "", "acceptance length", "tokens/s", "over plain decoding", title="greedy, held-out prompts"
     )

@@ -1,64 +1,16 @@
 """`eda serve`: the server."""
 
-import asyncio
 import json
-import signal
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import uvicorn
 
-from server.app import create_app
-from server.loading import load_runtime
-from server.logs import configure_logs, logger
-from server.models import model_paths
-from server.services import Services
-from server.settings import ConfigurationError, Settings, load_settings
+from server.model_paths import model_paths
+from server.settings import ConfigurationError, load_settings
 
 PATH = "Paths"
 ENGINE = "Engine"
-
-
-class GracefulServer(uvicorn.Server):
-    """Says that it is draining as soon as it is told to stop, and ends when the engine or the loading fails."""
-
-    def __init__(self, config: uvicorn.Config, services: Services) -> None:
-        super().__init__(config)
-        self._services = services
-        self.failure: BaseException | None = None
-        services.on_failure = self._fail
-
-    def _fail(self, error: BaseException) -> None:
-        """May be called in any thread: it sets two flags."""
-        self.failure = error
-        self.should_exit = True
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """As uvicorn's, except that a signal that was obeyed is not raised again: the exit status is the server's."""
-        before = {
-            number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
-            logger().info("listening", host=host, port=port)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._services.is_draining = True
-        logger().info("draining", seconds=self._services.settings.drain_seconds)
-        await super().shutdown(sockets)
 
 
 def serve(
@@ -166,29 +118,11 @@ def serve(
         model_paths(settings)  # what is missing is told before anything is started
     except ConfigurationError as error:
         raise _refusal(error) from error
+    from server.graceful_server import run
+    from server.logs import configure_logs
+
     configure_logs(settings)
     raise typer.Exit(run(settings))
-
-
-def run(settings: Settings) -> int:
-    """Serves until a signal comes. Returns the process's exit status: 0, or 1 when something broke."""
-    services = Services(settings, load=load_runtime)
-    config = uvicorn.Config(
-        create_app(services),
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
-    )
-    server = GracefulServer(config, services)
-    if not settings.needs_keys:
-        logger().warning("no keys are set: only this machine can reach the server, and everybody on it")
-    asyncio.run(server.serve())
-    if server.failure is not None:
-        logger().error("stopped", reason=f"{type(server.failure).__name__}: {server.failure}")
-        return 1
-    return 0 if server.started else 1
 
 
 def _fine_tunes(given: list[str] | None) -> dict[str, str] | None:

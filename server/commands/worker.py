@@ -6,9 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from adapters.worker_process import run_worker
-from server.adaptation import worker_settings
-from server.models import model_paths
+from server.model_paths import model_paths
 from server.settings import ConfigurationError, load_settings
 
 
@@ -49,5 +47,8 @@ def worker(
     except ConfigurationError as error:
         typer.echo(f"eda worker: {error}", err=True)
         raise typer.Exit(2) from error
+    from adapters.worker_process import run_worker
+    from server.worker_settings import worker_settings
+
     logging.basicConfig(level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s")
     run_worker(worker_settings(settings, paths, paths.draft, supervised=False))

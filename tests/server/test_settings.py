@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from server.cli import app
-from server.models import model_paths
+from server.model_paths import model_paths
 from server.settings import ConfigurationError, Settings, load_settings
 
 
