@@ -6,77 +6,42 @@ from typing import Annotated, Any
 
 import typer
 
+from server.commands.options import options_of, with_options
 from server.model_paths import model_paths
-from server.settings import ConfigurationError, load_settings
+from server.settings import ConfigurationError, Settings, load_settings
 
 PATH = "Paths"
 ENGINE = "Engine"
+ENGINE_SETTINGS = (
+    "dtype",
+    "device",
+    "num_threads",
+    "cache_mib",
+    "max_model_len",
+    "max_running",
+    "max_waiting",
+    "max_tokens_per_step",
+    "calibration",
+)
 
 
+@with_options(
+    options_of(Settings, ("host", "port", "request_timeout", "drain_seconds", "log_format", "log_level")),
+    options_of(Settings, ("models_dir", "target", "draft", "no_draft", "data_dir"), panel=PATH),
+    options_of(Settings, ENGINE_SETTINGS, panel=ENGINE),
+)
 def serve(
     config: Annotated[Path | None, typer.Option(help="TOML file with settings.", envvar="EDA_CONFIG")] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on. [127.0.0.1]")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one. [8000]")] = None,
-    models_dir: Annotated[
-        Path | None, typer.Option(help="Family of models. [bundled]", rich_help_panel=PATH)
-    ] = None,
-    target: Annotated[
-        Path | None, typer.Option(help="Base model directory. [models_dir/base]", rich_help_panel=PATH)
-    ] = None,
-    draft: Annotated[
-        Path | None, typer.Option(help="Shared draft directory. [models_dir/draft]", rich_help_panel=PATH)
-    ] = None,
-    no_draft: Annotated[
-        bool, typer.Option("--no-draft", help="Serve without a draft.", rich_help_panel=PATH)
-    ] = False,
     fine_tune: Annotated[
         list[str] | None,
         typer.Option(
             help="NAME=DIRECTORY; may be repeated. [the others in models_dir]", rich_help_panel=PATH
         ),
     ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Where adapters and jobs are kept. [./var]", rich_help_panel=PATH)
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="auto, float32 or bfloat16. [auto]", rich_help_panel=ENGINE)
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda or cuda:1. [auto]", rich_help_panel=ENGINE)
-    ] = None,
-    num_threads: Annotated[
-        int | None, typer.Option(help="CPU threads of the model. [all cores]", rich_help_panel=ENGINE)
-    ] = None,
-    cache_mib: Annotated[
-        int | None, typer.Option(help="Memory of the key/value cache, MiB. [1024]", rich_help_panel=ENGINE)
-    ] = None,
-    max_model_len: Annotated[
-        int | None, typer.Option(help="Longest sequence, tokens. [the model's]", rich_help_panel=ENGINE)
-    ] = None,
-    max_running: Annotated[
-        int | None, typer.Option(help="Sequences in a batch. [64]", rich_help_panel=ENGINE)
-    ] = None,
-    max_waiting: Annotated[
-        int | None, typer.Option(help="Sequences that may wait. [256]", rich_help_panel=ENGINE)
-    ] = None,
-    max_tokens_per_step: Annotated[
-        int | None, typer.Option(help="Tokens in one target pass. [512]", rich_help_panel=ENGINE)
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help="File of `eda bench calibrate`. [a built-in table]", rich_help_panel=ENGINE),
-    ] = None,
-    request_timeout: Annotated[
-        float | None, typer.Option(help="Seconds until a request is given up. [600]")
-    ] = None,
-    drain_seconds: Annotated[
-        float | None, typer.Option(help="Seconds that requests get at shutdown. [30]")
-    ] = None,
-    log_format: Annotated[str | None, typer.Option(help="console or json. [console]")] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error. [info]")] = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the effective settings and end.")
     ] = False,
+    **settings_given: Any,
 ) -> None:
     """Serve models over HTTP. Every setting can also be given as `EDA_<NAME>` or in the TOML file.
 
@@ -84,31 +49,8 @@ def serve(
     EDA_API_KEYS_FILE, EDA_ADMIN_KEY and EDA_ADMIN_KEY_FILE; without an administration key only loopback addresses are
     allowed.
     """
-    overrides: dict[str, Any] = {
-        "host": host,
-        "port": port,
-        "models_dir": models_dir,
-        "target": target,
-        "draft": draft,
-        "no_draft": no_draft or None,
-        "data_dir": data_dir,
-        "dtype": dtype,
-        "device": device,
-        "num_threads": num_threads,
-        "cache_mib": cache_mib,
-        "max_model_len": max_model_len,
-        "max_running": max_running,
-        "max_waiting": max_waiting,
-        "max_tokens_per_step": max_tokens_per_step,
-        "calibration": calibration,
-        "request_timeout": request_timeout,
-        "drain_seconds": drain_seconds,
-        "log_format": log_format,
-        "log_level": log_level,
-        "fine_tunes": _fine_tunes(fine_tune),
-    }
     try:
-        settings = load_settings(config, overrides)
+        settings = load_settings(config, {**settings_given, "fine_tunes": _fine_tunes(fine_tune)})
     except ConfigurationError as error:
         raise _refusal(error) from error
     if print_config:
