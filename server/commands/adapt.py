@@ -1,7 +1,7 @@
 """`eda adapt`: a private module for one fine-tune (stage 2), the same pipeline that the service's jobs run."""
 
-import dataclasses
 import json
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,11 +15,19 @@ from eda.errors import EdaError
 from eda.training.files import hash_of_json, write_bytes_atomically
 from eda.training.prompts import Prompt, read_prompts
 from eda.training.scores import DEFAULT_SCORE, SCORES
+from server.commands.options import options_of, with_options
 
 WORK_DIRECTORY = ".adapt"
 """Below the store; its names begin with a dot, so it is no adapter."""
 
+OPTIONS = {
+    {"intermediate_size": "width"}.get(field.name, field.name): field.name
+    for field in fields(TrainingOptions)
+}
+"""Names of options -> of fields: all of them, one under a shorter name."""
 
+
+@with_options(options_of(TrainingOptions, OPTIONS, panel="Training"))
 def adapt(
     target: Annotated[Path, typer.Option(help="Directory of the base target.")],
     fine_tune: Annotated[
@@ -34,45 +42,15 @@ def adapt(
     self_prompts: Annotated[
         int | None, typer.Option(min=2, help="Instead: this many prompts that the fine-tune writes itself.")
     ] = None,
-    keep: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Share of the answers that is learned.")
-    ] = 0.5,
-    score: Annotated[str, typer.Option(help=f"What chooses them: {', '.join(SCORES)}.")] = DEFAULT_SCORE,
-    width: Annotated[
-        int | None, typer.Option(min=0, help="Width of the private network. [a quarter of the shared one's]")
-    ] = None,
-    fc_rank: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="Rank of the correction of `fc`; 0 leaves it out. [an eighth of the draft's width]"
-        ),
-    ] = None,
-    attention_rank: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Rank of the corrections of attention; 0 leaves them out. [an eighth of the draft's width]",
-        ),
-    ] = None,
-    num_steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps. [3 passes]")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Answers in an optimiser step. [16]")] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(min=1e-8, help="Peak rate. [2.56 / hidden size]")
-    ] = None,
-    max_prompts: Annotated[int, typer.Option(min=1, help="Prompts answered, at most.")] = 2000,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer, at most.")] = 160,
-    held_out: Annotated[
-        int | None, typer.Option(min=1, help="Prompts to measure with. [32, at most a fifth]")
-    ] = None,
     skip_triage: Annotated[
         bool, typer.Option("--skip-triage", help="Train even where the shared draft serves well already.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of shuffling, sampling and initialisation.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the target: auto, float32 or bfloat16.")] = "auto",
     num_threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. [all]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
+    **training: Any,
 ) -> None:
     """Train a private module on what the fine-tune answers, measure it and publish it as a version of an adapter.
 
@@ -90,20 +68,7 @@ def adapt(
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     try:
-        options = TrainingOptions(
-            intermediate_size=width,
-            fc_rank=fc_rank,
-            attention_rank=attention_rank,
-            learning_rate=learning_rate,
-            num_steps=num_steps,
-            batch_size=batch_size,
-            keep=keep,
-            score=_checked_score(score),
-            max_prompts=max_prompts,
-            max_tokens=max_tokens,
-            held_out=held_out,
-            seed=seed,
-        )
+        options = _training_options(training)
         rows = _read_rows(prompts, self_prompts)
         spec = _specification(
             check_name(name), target, fine_tune, draft, rows, self_prompts, options, not skip_triage
@@ -133,10 +98,12 @@ def adapt(
         _report(name, store, result)
 
 
-def _checked_score(score: str) -> str:
+def _training_options(given: dict[str, Any]) -> TrainingOptions:
+    named = {OPTIONS[name]: value for name, value in given.items() if value is not None}
+    score = named.get("score", DEFAULT_SCORE)
     if score not in SCORES:
         raise InvalidInputError(f"--score is {score!r}; it must be one of {', '.join(SCORES)}")
-    return score
+    return TrainingOptions(**named)
 
 
 def _read_rows(prompts: Path | None, self_prompts: int | None) -> list[Prompt]:
@@ -185,7 +152,7 @@ def _specification(
         triage=triage,
     )
     identity = hash_of_json([spec.to_json(), DraftModel.load(draft).fingerprint()])
-    return dataclasses.replace(spec, job_id=f"adapt-{identity[:16]}")
+    return replace(spec, job_id=f"adapt-{identity[:16]}")
 
 
 def _row(prompt: Prompt) -> dict[str, Any]:

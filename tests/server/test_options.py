@@ -5,9 +5,15 @@ from typing import Annotated, Any
 import pytest
 import typer
 from pydantic import BaseModel, Field
+from typer.main import get_command
 from typer.testing import CliRunner
 
+from server.adapter_schemas import AdaptBody
+from server.cli import app
 from server.commands.options import options_of, with_options
+
+OPTION_OF = {"intermediate_size": "width"}
+"""Where the flag has another name than the field."""
 
 
 class Knobs(BaseModel):
@@ -58,3 +64,12 @@ def test_help_has_the_description_and_the_default() -> None:
     assert "Width of the thing, units. [the widest]" in output
     assert "How fast. [0.5]" in output
     assert "Speed" in output
+
+
+def test_a_training_option_is_described_alike_in_requests_and_flags() -> None:
+    properties = AdaptBody.model_json_schema()["$defs"]["TrainingOptions"]["properties"]
+    shown = {option.name: option.help for option in get_command(app).commands["adapt"].params}  # type: ignore[attr-defined]
+    assert len(properties) == 12
+    for name, schema in properties.items():
+        text = schema["description"].partition(" [")[0]
+        assert shown[OPTION_OF.get(name, name)].startswith(f"{text[0].upper()}{text[1:]}. ["), name
