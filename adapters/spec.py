@@ -4,9 +4,14 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_origin, get_type_hints
+
+from annotated_types import Ge, Le
+from pydantic import ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 from adapters.errors import InvalidInputError
+from eda.training.scores import DEFAULT_SCORE, SCORES
 
 TargetKind = Literal["target", "lora", "full"]
 DataKind = Literal["prompts", "self", "traffic"]
@@ -24,35 +29,69 @@ DRAFT_ROOM = 32
 
 @dataclass(frozen=True, slots=True)
 class TrainingOptions:
-    """How the private module is trained; ``None`` leaves a choice to ``eda.training``'s own default.
+    """How the private module is trained; ``None`` leaves a choice to the trainer.
 
-    Attributes:
-        intermediate_size: width of the private feed-forward network, in units; 0 leaves it out.
-        fc_rank: rank of the correction of the draft's ``fc``; 0 leaves it out.
-        attention_rank: rank of the corrections of the draft's attention projections; 0 leaves them out.
-        learning_rate: highest rate of the schedule.
-        num_steps: optimiser steps, at most.
-        batch_size: samples in a step.
-        keep: share of the regenerated samples that are learned from, over 0 to 1.
-        score: name of the selection score.
-        max_prompts: prompts used, at most; the first ones after shuffling by ``seed``.
-        max_tokens: length of a regenerated answer, in tokens, at most.
-        held_out: prompts that are kept from training to measure with.
-        seed: of shuffling, sampling and initialisation.
+    An option is declared here and nowhere else: bodies of requests and flags of ``eda adapt`` are made from these
+    fields. In brackets stands what ``None`` means.
+
+    Raises:
+        InvalidInputError: a value is out of its range, or nothing would be trained.
     """
 
-    intermediate_size: int | None = None
-    fc_rank: int | None = None
-    attention_rank: int | None = None
-    learning_rate: float | None = None
-    num_steps: int | None = None
-    batch_size: int | None = None
-    keep: float | None = None
-    score: str | None = None
-    max_prompts: int | None = None
-    max_tokens: int | None = None
-    held_out: int | None = None
-    seed: int = 0
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    intermediate_size: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=65_536,
+            description="width of the private network, units; 0 leaves it out [a quarter of the shared one's]",
+        ),
+    ] = None
+    fc_rank: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=4_096,
+            description="rank of the correction of `fc`; 0 leaves it out [an eighth of the draft's width]",
+        ),
+    ] = None
+    attention_rank: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=4_096,
+            description="rank of the corrections of attention; 0 leaves them out [an eighth of the draft's width]",
+        ),
+    ] = None
+    learning_rate: Annotated[
+        float | None, Field(ge=1e-8, le=1.0, description="peak rate [2.56 / hidden size]")
+    ] = None
+    num_steps: Annotated[
+        int | None, Field(ge=1, le=10_000_000, description="optimiser steps, at most [3 passes]")
+    ] = None
+    batch_size: Annotated[
+        int | None, Field(ge=1, le=4_096, description="answers in an optimiser step [16]")
+    ] = None
+    keep: Annotated[
+        float | None, Field(ge=0.01, le=1.0, description="share of the answers that is learned from [0.5]")
+    ] = None
+    score: Annotated[
+        str | None,
+        Field(max_length=64, description=f"what chooses them: {', '.join(SCORES)} [{DEFAULT_SCORE}]"),
+    ] = None
+    max_prompts: Annotated[
+        int | None, Field(ge=1, le=1_000_000, description="prompts answered, at most [2000]")
+    ] = None
+    max_tokens: Annotated[
+        int | None, Field(ge=1, le=32_768, description="tokens of an answer, at most [160]")
+    ] = None
+    held_out: Annotated[
+        int | None, Field(ge=1, le=10_000, description="prompts to measure with [32, at most a fifth]")
+    ] = None
+    seed: Annotated[
+        int, Field(ge=0, le=2**31 - 1, description="of shuffling, sampling and initialisation")
+    ] = 0
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
@@ -69,19 +108,19 @@ class TrainingOptions:
             )
 
 
-_RANGES: dict[str, tuple[float, float]] = {
-    "intermediate_size": (0, 65_536),
-    "fc_rank": (0, 4_096),
-    "attention_rank": (0, 4_096),
-    "learning_rate": (1e-8, 1.0),
-    "num_steps": (1, 10_000_000),
-    "batch_size": (1, 4_096),
-    "keep": (0.01, 1.0),
-    "max_prompts": (1, 1_000_000),
-    "max_tokens": (1, 32_768),
-    "held_out": (1, 10_000),
-    "seed": (0, 2**31 - 1),
-}
+def _ranges() -> dict[str, tuple[float, float]]:
+    """The lowest and the highest value of each number."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name, hint in get_type_hints(TrainingOptions, include_extras=True).items():
+        marks = FieldInfo.from_annotation(hint).metadata if get_origin(hint) is Annotated else []
+        low = [mark.ge for mark in marks if isinstance(mark, Ge)]
+        high = [mark.le for mark in marks if isinstance(mark, Le)]
+        if low and high:
+            found[name] = (low[0], high[0])
+    return found
+
+
+_RANGES = _ranges()
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,8 @@ from eda.training.private_module import PrivateTrainingConfig, train_private_mod
 from eda.training.prompts import Prompt
 from eda.training.regenerate import RegenerationConfig, regenerate
 from eda.training.samples import Sample, read_samples, write_samples
-from eda.training.selection import DEFAULT_SCORE, Score, score_samples, select
+from eda.training.scores import DEFAULT_SCORE, Score
+from eda.training.selection import score_samples, select
 from eda.training.trainer import TrainingConfig
 from eda.training.triage import triage
 

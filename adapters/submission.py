@@ -22,7 +22,7 @@ from eda.errors import DataError, EdaError
 from eda.preflight import check_fine_tune
 from eda.training.files import hash_of_file
 from eda.training.prompts import read_prompts
-from eda.training.selection import SCORES
+from eda.training.scores import SCORES
 
 MIN_PROMPTS = 2
 """One to learn from and one to measure with."""

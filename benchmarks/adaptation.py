@@ -33,7 +33,7 @@ from eda.training.evaluate import EvaluationConfig, Variant, evaluate
 from eda.training.files import provenance, write_bytes_atomically, write_json
 from eda.training.prompts import ChatFormat, read_prompts
 from eda.training.regenerate import RegenerationConfig
-from eda.training.selection import SCORES
+from eda.training.scores import SCORES
 from eda.training.trainees import (
     Trainee,
     lora_trainee,

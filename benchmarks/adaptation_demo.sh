@@ -6,7 +6,7 @@
 #   benchmarks/adaptation_demo.sh [FINE_TUNE_DIRECTORY [TRAINING_PROMPTS_JSONL [MEASURED_PROMPTS_JSONL]]]
 #
 # Without arguments: the bundled code LoRA under another name, trained on prompts that are read from the interpreter's
-# standard library, measured on those in benchmarks/prompts/code.jsonl. What is measured is never trained on.
+# standard library, measured on those in server/prompts/code.jsonl. What is measured is never trained on.
 #
 # Environment: MODELS (family directory, default models), NAME (name to serve under, default demo), TRAINING (JSON
 # object for "training"), NUM_PROMPTS (prompts to measure with, default 8), MAX_TOKENS (of an answer, default 96),
@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.."
 
 models=${MODELS:-models}
 fine_tune=$(realpath "${1:-$models/code}")
-measured=$(realpath "${3:-benchmarks/prompts/code.jsonl}")
+measured=$(realpath "${3:-server/prompts/code.jsonl}")
 name=${NAME:-demo}
 url=http://127.0.0.1:${PORT:-8765}
 python=.venv/bin/python

@@ -13,7 +13,8 @@ from eda.training.files import hash_of_json, read_json_if_present, write_json
 from eda.training.prompts import ChatFormat, Prompt, split_held_out
 from eda.training.regenerate import RegenerationConfig, regenerate
 from eda.training.samples import Sample
-from eda.training.selection import SCORES, Score, score_samples, select
+from eda.training.scores import SCORES, Score
+from eda.training.selection import score_samples, select
 from eda.training.self_prompts import SelfPromptConfig, write_own_prompts
 from eda.training.target_states import StateCache
 

@@ -34,6 +34,7 @@ import httpx
 import psutil
 
 from adapters.process import SLEEPING_OPENMP
+from server.bundled_prompts import bundled_prompts
 from server.load import LoadRequest, read_prompts, run_load
 
 WAYS = {
@@ -236,7 +237,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="family directory [the bundled one]")
     parser.add_argument("--model", default="math", help="fine-tune that is served and adapted to")
     parser.add_argument("--draft", default="private", choices=("private", "shared", "none"))
-    parser.add_argument("--prompts", type=Path, default=Path(__file__).parent / "prompts" / "math.jsonl")
+    parser.add_argument("--prompts", type=Path, default=bundled_prompts("math"))
     parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=["as anybody", "batch 10", "idle"])
     parser.add_argument("--threads", type=int, default=0, help="of a training [half of the machine's]")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer")

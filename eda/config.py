@@ -6,21 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from eda.checkpoint_files import read_json
-from eda.config_fields import SUPPORTED_ARCHITECTURES, SUPPORTED_ROPE_TYPES, end_tokens, read_fields
+from eda.config_fields import (
+    MODEL_TYPES,
+    SUPPORTED_ARCHITECTURES,
+    SUPPORTED_ROPE_TYPES,
+    end_tokens,
+    read_fields,
+)
 from eda.errors import CheckpointError, UnsupportedModelError
 
 __all__ = ["SUPPORTED_ARCHITECTURES", "SUPPORTED_ROPE_TYPES", "ModelConfig", "RopeConfig", "read_json"]
-
-# The configuration classes know each architecture's defaults and the older spellings of a field.
-_CONFIG_CLASSES: dict[str, Any] = {
-    "LlamaForCausalLM": LlamaConfig,
-    "MistralForCausalLM": MistralConfig,
-    "Qwen2ForCausalLM": Qwen2Config,
-    "Qwen3ForCausalLM": Qwen3Config,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +88,12 @@ class ModelConfig:
         """
         path = Path(path)
         architecture, fields = read_fields(path)
+        # Its configuration classes know each architecture's defaults and the older spellings of a field. It takes as
+        # long to import as torch, so it is imported when a checkpoint is read.
+        from transformers import CONFIG_MAPPING
+
         try:
-            config = _CONFIG_CLASSES[architecture].from_dict(fields)
+            config: Any = CONFIG_MAPPING[MODEL_TYPES[architecture]].from_dict(fields)
             rope = _rope(config)
         except Exception as error:  # the validators of transformers raise many types
             raise CheckpointError(

@@ -9,13 +9,14 @@ from typing import Any
 from eda.checkpoint_files import CONFIG_FILE, TensorEntry, read_json
 from eda.errors import CheckpointError, UnsupportedModelError
 
-_MODEL_TYPES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
+MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
 }
-SUPPORTED_ARCHITECTURES = tuple(_MODEL_TYPES.values())
+"""transformers' model type of each architecture that is implemented."""
+SUPPORTED_ARCHITECTURES = tuple(MODEL_TYPES)
 SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 MAX_EOS_TOKENS = 1024
 
@@ -131,9 +132,9 @@ def require_sizes(path: Path, fields: Mapping[str, Any], entries: Mapping[str, T
 def _architecture(raw: Mapping[str, Any], path: Path) -> str:
     named = raw.get("architectures")
     if not named:
-        kind = raw.get("model_type")
+        kind, by_model_type = raw.get("model_type"), {value: name for name, value in MODEL_TYPES.items()}
         named = [
-            _MODEL_TYPES.get(kind, f"model_type {_shown(kind)}") if isinstance(kind, str) else _shown(kind)
+            by_model_type.get(kind, f"model_type {_shown(kind)}") if isinstance(kind, str) else _shown(kind)
         ]
     if not isinstance(named, list):
         named = [named]

@@ -4,8 +4,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from eda.config import RopeConfig
 from eda.errors import CheckpointError
@@ -96,6 +94,9 @@ def _static_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]
             if rope.type == "divided":
                 frequencies = frequencies / torch.tensor(rope.parameters["divisors"])
             return frequencies, 1.0
+        from transformers import LlamaConfig
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
         # Only the attention geometry of this config is read.
         config = LlamaConfig(
             hidden_size=head_dim,

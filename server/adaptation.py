@@ -1,7 +1,5 @@
 """The adapter service and the worker process, as the settings ask for them."""
 
-from pathlib import Path
-
 from adapters.catalog import Catalog
 from adapters.database import Database, sqlite_url
 from adapters.files import MIB
@@ -15,10 +13,11 @@ from adapters.service import AdapterService, ServiceSettings
 from adapters.store import AdapterStore
 from adapters.submission import DataLimits
 from adapters.traffic import TrafficRecorder
-from adapters.worker_process import DATABASE_FILE, WorkerSettings
+from adapters.worker_process import DATABASE_FILE
 from adapters.workspaces import Workspaces
 from server.model_paths import ModelPaths
 from server.settings import Settings
+from server.worker_settings import bundled_directories, database_url, worker_settings
 from server.worker_supervisor import WorkerSupervisor
 
 
@@ -33,7 +32,7 @@ def make_adapter_service(
     database = Database(database_url(settings) or sqlite_url(data_dir / DATABASE_FILE))
     registry = AdapterRegistry(
         loader,
-        AdapterStore(data_dir / "adapters", _bundled(paths)),
+        AdapterStore(data_dir / "adapters", bundled_directories(paths)),
         Catalog(database),
         guard=Guard(GuardSettings(baseline_share=settings.baseline_share)),
         max_model_len=max_model_len,
@@ -68,32 +67,3 @@ def make_worker(settings: Settings, paths: ModelPaths) -> WorkerSupervisor | Non
     if not settings.worker or paths.draft is None:
         return None
     return WorkerSupervisor(worker_settings(settings, paths, paths.draft, supervised=True))
-
-
-def worker_settings(
-    settings: Settings, paths: ModelPaths, draft: Path, *, supervised: bool
-) -> WorkerSettings:
-    """What a worker beside a server with these settings needs to know."""
-    return WorkerSettings(
-        data_dir=str(settings.data_dir.resolve()),
-        target=str(paths.target.resolve()),
-        draft=str(draft.resolve()),
-        database_url=database_url(settings),
-        bundled_adapters=tuple(str(directory.resolve()) for directory in _bundled(paths)),
-        num_threads=settings.worker_threads,
-        niceness=settings.worker_niceness,
-        scheduling=settings.worker_scheduling,
-        memory_limit_mib=settings.worker_memory_mib,
-        device=settings.device,
-        dtype=settings.dtype,
-        supervised=supervised,
-    )
-
-
-def database_url(settings: Settings) -> str:
-    """As configured; empty for SQLite in the data directory."""
-    return settings.database_url.get_secret_value() if settings.database_url is not None else ""
-
-
-def _bundled(paths: ModelPaths) -> list[Path]:
-    return [paths.bundled_adapters] if paths.bundled_adapters is not None else []

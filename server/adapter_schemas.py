@@ -70,36 +70,10 @@ class DataBody(RequestModel):
         return DataSource(prompts, self.path, None, self.self_prompts, traffic)
 
 
-class TrainingBody(RequestModel):
-    """How to train; every field has a default in the trainer."""
-
-    intermediate_size: int | None = Field(
-        None, ge=0, le=65_536, description="width of the private network, units"
-    )
-    fc_rank: int | None = Field(None, ge=0, le=4_096, description="rank of the correction of fc")
-    attention_rank: int | None = Field(
-        None, ge=0, le=4_096, description="rank of the corrections of attention"
-    )
-    learning_rate: float | None = Field(None, ge=1e-8, le=1.0)
-    num_steps: int | None = Field(None, ge=1, le=10_000_000, description="optimiser steps, at most")
-    batch_size: int | None = Field(None, ge=1, le=4_096, description="samples in a step")
-    keep: float | None = Field(None, ge=0.01, le=1.0, description="share of the samples that is learned from")
-    score: Annotated[str, Field(max_length=64)] | None = Field(None, description="how samples are chosen")
-    max_prompts: int | None = Field(None, ge=1, le=1_000_000)
-    max_tokens: int | None = Field(
-        None, ge=1, le=32_768, description="length of a regenerated answer, tokens"
-    )
-    held_out: int | None = Field(None, ge=1, le=10_000, description="prompts kept to measure with")
-    seed: int = Field(0, ge=0, le=2**31 - 1)
-
-    def to_options(self) -> TrainingOptions:
-        return TrainingOptions(**self.model_dump())
-
-
 class AdaptBody(RequestModel):
     """What to learn from and how. Without ``data`` a file must be uploaded."""
 
-    training: TrainingBody = Field(default_factory=lambda: TrainingBody.model_validate({}))
+    training: TrainingOptions = Field(default_factory=TrainingOptions)
     triage: bool = Field(True, description="stop when the shared draft is good enough for this fine-tune")
     activate: Literal["if_better", "always", "never"] = "if_better"
     margin: float = Field(
@@ -110,7 +84,7 @@ class AdaptBody(RequestModel):
     )
 
     def to_options(self) -> AdaptationOptions:
-        return AdaptationOptions(self.training.to_options(), self.triage, self.activate, self.margin)
+        return AdaptationOptions(self.training, self.triage, self.activate, self.margin)
 
 
 class AdaptRequest(AdaptBody):

@@ -7,6 +7,7 @@ from statistics import linear_regression, median
 from typing import Any, Literal
 
 import torch
+from rich.table import Table
 
 from eda.attention import AttentionRow, PackedBatch
 from eda.draft import DraftModel
@@ -15,7 +16,7 @@ from eda.private import PrivateModule
 from eda.sampling import SamplingParams
 from eda.speculative import Speculation, SpeculativeDecoder
 from eda.target import FineTune, TargetModel
-from server.engine.speculation import TORCH_COSTS, DraftCosts, SpeculationLevel
+from server.engine.speculation import TORCH_COSTS, DraftCosts, SpeculationLevel, SpeculationTable
 
 LARGEST_TREE_BATCH = 2
 """Trees verify many nodes for each sequence; they are tried for very small batches only."""
@@ -229,3 +230,43 @@ def _fastest(measurements: Sequence[Measurement]) -> Measurement:
     plain = next(m for m in measurements if m.num_speculative_tokens == 0)
     best = max(measurements, key=lambda m: m.tokens_per_second)
     return plain if best.tokens_per_second < SMALLEST_GAIN * plain.tokens_per_second else best
+
+
+def calibration_view(measurements: list[Measurement], table: SpeculationTable) -> Table:
+    """What was chosen for each batch size, and what it gained, for a terminal."""
+    costs = table.costs
+    view = Table(
+        title="chosen by batch size; fractions of a plain step: "
+        f"extension {costs.extension_cost:.2f}, draft pass {costs.draft_cost:.2f}, "
+        f"verified token {costs.verification_cost:.2f}"
+    )
+    for name in ("sequences up to", "temperature", "draft", "tokens/s", "plain", "acceptance"):
+        view.add_column(name, justify="right")
+    for level in table.levels:
+        for temperature in sorted({m.temperature for m in measurements}):
+            here = [
+                m
+                for m in measurements
+                if (m.batch_size, m.temperature) == (level.max_batch_size, temperature)
+            ]
+            chosen = level.speculation(sampled=temperature > 0.0)
+            best = next(
+                m
+                for m in here
+                if (m.mode, m.num_speculative_tokens, m.min_probability)
+                == (chosen.mode, chosen.num_speculative_tokens, chosen.min_probability)
+            )
+            plain = next(m for m in here if m.num_speculative_tokens == 0)
+            length = chosen.num_speculative_tokens
+            name = f"{chosen.mode} {length}" if length else "none"
+            if chosen.min_probability:
+                name += f", to a probability of {chosen.min_probability:g}"
+            view.add_row(
+                str(level.max_batch_size),
+                f"{temperature:g}",
+                name,
+                f"{best.tokens_per_second:.1f}",
+                f"{plain.tokens_per_second:.1f}",
+                f"{best.mean_acceptance_length:.2f}",
+            )
+    return view

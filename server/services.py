@@ -51,8 +51,8 @@ class Lease(Protocol):
 class ModelRegistry(Protocol):
     """The part of ``adapters.registry.AdapterRegistry`` that requests need.
 
-    All that take a name raise ``adapters.errors.UnknownModelError`` for one that is not served. ``acquire`` reads from
-    disk when ``is_loaded`` is false.
+    All that take a name raise ``adapters.errors.UnknownModelError`` for one that is not served. ``acquire``
+    reads from disk when ``is_loaded`` is false.
     """
 
     def model_names(self) -> list[str]: ...

@@ -38,7 +38,7 @@ class Settings(BaseSettings):
 
     # Models
     models_dir: Path = Field(
-        BUNDLED_MODELS, description="family directory that the other model settings default to"
+        BUNDLED_MODELS, description="family directory that the other model settings default to [bundled]"
     )
     target: Path | None = Field(None, description="base model: directory or GGUF file [models_dir/base]")
     draft: Path | None = Field(None, description="shared draft directory [models_dir/draft, if there is one]")
@@ -54,8 +54,8 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="bfloat16 where it is fast, else float32"
     )
-    device: str = Field("auto", description='"auto", "cpu", "cuda" or "cuda:1"')
-    num_threads: int | None = Field(None, ge=1, description="CPU threads of the model")
+    device: str = Field("auto", description="where models run: auto, cpu, cuda or cuda:1")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads of the model [all]")
     cuda_graphs: Literal["auto", "off"] = Field(
         "auto", description="auto replays small passes as CUDA graphs on a GPU; nothing changes elsewhere"
     )
@@ -79,7 +79,7 @@ class Settings(BaseSettings):
     max_waiting: int = Field(256, ge=1, description="sequences that may wait before requests get 429")
     max_tokens_per_step: int = Field(512, ge=1, description="tokens in one pass of the target")
     calibration: Path | None = Field(
-        None, description="draft lengths by load, written by eda bench calibrate"
+        None, description="draft lengths by load, written by eda bench calibrate [a built-in table]"
     )
     request_timeout: float = Field(600.0, gt=0, description="seconds until a request is given up")
     drain_seconds: float = Field(30.0, ge=0, description="seconds that running requests get at shutdown")
@@ -109,7 +109,7 @@ class Settings(BaseSettings):
         None, ge=1, description="CPU threads of the worker [half of the machine's]"
     )
     worker_memory_mib: int | None = Field(
-        None, ge=64, description="memory at which the worker gives a job up, MiB"
+        None, ge=64, description="memory at which the worker gives a job up, MiB [no limit]"
     )
     worker_niceness: int = Field(
         10, ge=0, le=19, description="how far the worker stands back behind the server"
@@ -157,8 +157,10 @@ class Settings(BaseSettings):
     admin_key_file: Path | None = Field(None, description="file with the administration key")
 
     # Logs
-    log_format: Literal["json", "console"] = "console"
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["json", "console"] = Field("console", description="how lines of the log are written")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="lowest level that is logged"
+    )
     log_prompts: bool = Field(False, description="write prompts to the log; off unless you ask")
 
     @field_validator("rate_limit")

@@ -28,8 +28,9 @@ def from_problems(problems: Sequence[Problem], *, root: str = "") -> InvalidRequ
     """
     first = _most_telling(problems)
     kind = first["type"]
-    param = _place(first["loc"], root, ends_in_name=kind in ("extra_forbidden", "missing"))
-    if kind == "extra_forbidden":
+    is_unknown = kind in ("extra_forbidden", "unexpected_keyword_argument")
+    param = _place(first["loc"], root, ends_in_name=is_unknown or kind == "missing")
+    if is_unknown:
         return InvalidRequestError(
             f"the parameter '{param}' is not supported", param=param, code="unsupported_parameter"
         )

@@ -3,7 +3,6 @@
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,20 +21,10 @@ from eda.training.progress import (
     never_stop,
 )
 from eda.training.samples import Sample
+from eda.training.scores import DEFAULT_SCORE, Score
 from eda.training.target_states import StateCache, TargetStates, compute_states
 from eda.training.unroll import unroll
 
-Score = Literal["deficit", "headroom", "mahalanobis", "cosine", "divergence", "flatness", "random"]
-SCORES: tuple[Score, ...] = (
-    "deficit",
-    "headroom",
-    "mahalanobis",
-    "cosine",
-    "divergence",
-    "flatness",
-    "random",
-)
-DEFAULT_SCORE: Score = "random"
 _NEEDS_DRAFT = frozenset({"deficit", "headroom"})
 _NEEDS_BASE = frozenset({"mahalanobis", "cosine", "divergence"})
 _ROWS = 512

@@ -1,37 +1,33 @@
 """`eda adapt`: a private module for one fine-tune (stage 2), the same pipeline that the service's jobs run."""
 
-import dataclasses
 import json
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from adapters.errors import AdapterServiceError, InvalidInputError, JobInterruptedError
 from adapters.names import check_name
 from adapters.pipeline import AdaptationResult, StageEvent, run_adaptation
 from adapters.spec import AdaptationSpec, DataSpec, TargetKind, TrainingOptions
-from adapters.stage_job import StageModels
-from adapters.stages import TrainingStages
-from adapters.store import AdapterStore
-from adapters.workspaces import PROMPTS_FILE
-from eda.checkpoint import ADAPTER_CONFIG_FILE, resolve_directory
-from eda.draft import DraftModel
 from eda.errors import EdaError
-from eda.fingerprint import fingerprint_directory
-from eda.model_files import open_model
 from eda.training.files import hash_of_json, write_bytes_atomically
 from eda.training.prompts import Prompt, read_prompts
-from eda.training.selection import DEFAULT_SCORE, SCORES
-from server.commands.progress_bars import progress_bars, stop_on_interrupt
+from eda.training.scores import DEFAULT_SCORE, SCORES
+from server.commands.options import options_of, with_options
 
 WORK_DIRECTORY = ".adapt"
 """Below the store; its names begin with a dot, so it is no adapter."""
 
+OPTIONS = {
+    {"intermediate_size": "width"}.get(field.name, field.name): field.name
+    for field in fields(TrainingOptions)
+}
+"""Names of options -> of fields: all of them, one under a shorter name."""
 
+
+@with_options(options_of(TrainingOptions, OPTIONS, panel="Training"))
 def adapt(
     target: Annotated[Path, typer.Option(help="Directory of the base target.")],
     fine_tune: Annotated[
@@ -46,68 +42,33 @@ def adapt(
     self_prompts: Annotated[
         int | None, typer.Option(min=2, help="Instead: this many prompts that the fine-tune writes itself.")
     ] = None,
-    keep: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Share of the answers that is learned.")
-    ] = 0.5,
-    score: Annotated[str, typer.Option(help=f"What chooses them: {', '.join(SCORES)}.")] = DEFAULT_SCORE,
-    width: Annotated[
-        int | None, typer.Option(min=0, help="Width of the private network. [a quarter of the shared one's]")
-    ] = None,
-    fc_rank: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="Rank of the correction of `fc`; 0 leaves it out. [an eighth of the draft's width]"
-        ),
-    ] = None,
-    attention_rank: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Rank of the corrections of attention; 0 leaves them out. [an eighth of the draft's width]",
-        ),
-    ] = None,
-    num_steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps. [3 passes]")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Answers in an optimiser step. [16]")] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(min=1e-8, help="Peak rate. [2.56 / hidden size]")
-    ] = None,
-    max_prompts: Annotated[int, typer.Option(min=1, help="Prompts answered, at most.")] = 2000,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer, at most.")] = 160,
-    held_out: Annotated[
-        int | None, typer.Option(min=1, help="Prompts to measure with. [32, at most a fifth]")
-    ] = None,
     skip_triage: Annotated[
         bool, typer.Option("--skip-triage", help="Train even where the shared draft serves well already.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of shuffling, sampling and initialisation.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the target: auto, float32 or bfloat16.")] = "auto",
     num_threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. [all]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
+    **training: Any,
 ) -> None:
     """Train a private module on what the fine-tune answers, measure it and publish it as a version of an adapter.
 
     Interrupted, the same command goes on where it was; finished, it says what it published. First the shared draft is
     measured on the fine-tune: where it keeps 95% of its accepted tokens, nothing is trained.
     """
+    import torch
+
+    from adapters.stage_job import StageModels
+    from adapters.stages import TrainingStages
+    from adapters.store import AdapterStore
+    from adapters.workspaces import PROMPTS_FILE
+    from server.commands.progress_bars import progress_bars, stop_on_interrupt
+
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     try:
-        options = TrainingOptions(
-            intermediate_size=width,
-            fc_rank=fc_rank,
-            attention_rank=attention_rank,
-            learning_rate=learning_rate,
-            num_steps=num_steps,
-            batch_size=batch_size,
-            keep=keep,
-            score=_checked_score(score),
-            max_prompts=max_prompts,
-            max_tokens=max_tokens,
-            held_out=held_out,
-            seed=seed,
-        )
+        options = _training_options(training)
         rows = _read_rows(prompts, self_prompts)
         spec = _specification(
             check_name(name), target, fine_tune, draft, rows, self_prompts, options, not skip_triage
@@ -142,10 +103,12 @@ def adapt(
         _report(name, store, result)
 
 
-def _checked_score(score: str) -> str:
+def _training_options(given: dict[str, Any]) -> TrainingOptions:
+    named = {OPTIONS[name]: value for name, value in given.items() if value is not None}
+    score = named.get("score", DEFAULT_SCORE)
     if score not in SCORES:
         raise InvalidInputError(f"--score is {score!r}; it must be one of {', '.join(SCORES)}")
-    return score
+    return TrainingOptions(**named)
 
 
 def _read_rows(prompts: Path | None, self_prompts: int | None) -> list[Prompt]:
@@ -165,6 +128,11 @@ def _specification(
     triage: bool,
 ) -> AdaptationSpec:
     """The job. Its id follows from everything that decides the result, so the same command finds its files again."""
+    from eda.checkpoint import ADAPTER_CONFIG_FILE, resolve_directory
+    from eda.draft import DraftModel
+    from eda.fingerprint import fingerprint_directory
+    from eda.model_files import open_model
+
     path = resolve_directory(fine_tune)
     base = open_model(target).fingerprint
     own = fingerprint_directory(path)
@@ -190,7 +158,7 @@ def _specification(
         triage=triage,
     )
     identity = hash_of_json([spec.to_json(), DraftModel.load(draft).fingerprint()])
-    return dataclasses.replace(spec, job_id=f"adapt-{identity[:16]}")
+    return replace(spec, job_id=f"adapt-{identity[:16]}")
 
 
 def _row(prompt: Prompt) -> dict[str, Any]:
@@ -207,6 +175,9 @@ def _report(name: str, store: Path, result: AdaptationResult) -> None:
     if result.version is None:
         typer.echo(f"{result.reason}; nothing was trained (--skip-triage trains all the same)")
         return
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(
         "", "acceptance length", "tokens/s", "over plain decoding", title="greedy, held-out prompts"
     )

@@ -1,5 +1,7 @@
-"""`eda bench adaptation`: the ablation of EDA, see `benchmarks/adaptation.py`."""
+"""`eda bench adaptation`: the ablation of EDA, `benchmarks/adaptation.py` of the project's checkout."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -7,19 +9,16 @@ import typer
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 """Everything after the command belongs to the benchmark's own parser, `--help` too."""
+_CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def is_available() -> bool:
+    """Whether this is a checkout: an installed package has no benchmarks."""
+    return (_CHECKOUT / "benchmarks" / "adaptation.py").is_file()
 
 
 def bench_adaptation(context: typer.Context) -> None:
     """Compare private modules, full retraining and LoRA on the draft, over data, domains and seeds."""
-    root = Path(__file__).parents[2]
-    if not (root / "benchmarks").is_dir():
-        typer.echo(
-            "eda bench adaptation: it lies in benchmarks/ of the project's checkout, which is not here",
-            err=True,
-        )
-        raise typer.Exit(2)
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
-    from benchmarks.adaptation import main
-
-    raise typer.Exit(main(context.args))
+    path = os.pathsep.join(filter(None, [str(_CHECKOUT), os.environ.get("PYTHONPATH", "")]))
+    command = [sys.executable, "-m", "benchmarks.adaptation", *context.args]
+    raise typer.Exit(subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode)

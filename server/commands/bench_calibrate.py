@@ -5,15 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from eda.errors import EdaError
-from server.calibration import CalibrationPlan, Measurement, best_levels, calibrate_decoder
-from server.commands.bench_serve import PROMPTS_DIRECTORY
-from server.commands.generate import LoadedModel, load_model, prompt_ids
-from server.engine.speculation import DraftCosts, SpeculationTable
-from server.load import LoadError, read_prompts
+from server.bundled_prompts import bundled_prompts
 from server.settings import ConfigurationError, load_settings
 
 
@@ -23,7 +17,7 @@ def calibrate(
     ),
     model: Annotated[str, typer.Option(help="Served name to measure with; a typical one.")] = "base",
     prompts: Annotated[
-        Path | None, typer.Option(help="JSON lines with id and prompt. [benchmarks/prompts/MODEL.jsonl]")
+        Path | None, typer.Option(help="JSON lines with id and prompt. [bundled ones for the model's domain]")
     ] = None,
     batch_sizes: Annotated[
         str, typer.Option(help="Sequences at a time, separated by commas.")
@@ -45,13 +39,29 @@ def calibrate(
 
     Drafting is left out at batch sizes where plain decoding is as fast.
     """
+    from rich.console import Console
+
+    from server.calibration import (
+        CalibrationPlan,
+        Measurement,
+        best_levels,
+        calibrate_decoder,
+        calibration_view,
+    )
+    from server.engine.speculation import SpeculationTable
+    from server.load import LoadError, read_prompts
+    from server.single_model import load_model, prompt_ids
+
+    def report(measurement: Measurement) -> None:
+        typer.echo(json.dumps(measurement.as_dict()), err=True)
+
     try:
         sizes = sorted({int(part) for part in batch_sizes.split(",")})
         if not sizes or sizes[0] < 1:
             raise ConfigurationError(f"--batch-sizes is {batch_sizes!r}; it must be positive numbers")
         overrides = {"models_dir": models_dir, "device": device, "num_threads": num_threads, "dtype": dtype}
         loaded = load_model(load_settings(config, overrides), model, None)
-        texts = read_prompts(prompts or _default_prompts(model), max(sizes))
+        texts = read_prompts(prompts or bundled_prompts(model), max(sizes))
     except (ConfigurationError, EdaError, LoadError, ValueError) as error:
         typer.echo(f"eda bench calibrate: {error}", err=True)
         raise typer.Exit(2) from error
@@ -59,65 +69,16 @@ def calibrate(
         typer.echo("eda bench calibrate: there is no shared draft to measure", err=True)
         raise typer.Exit(2)
     plan = CalibrationPlan(tuple(sizes), max_tokens, max_length, repeats)
-    measurements, costs = _measure(loaded, texts, plan)
+    measurements, costs = calibrate_decoder(
+        loaded.target,
+        loaded.draft,
+        loaded.fine_tune,
+        loaded.private,
+        [prompt_ids(loaded.tokenizer, text, loaded.tokenizer.has_chat_template) for text in texts],
+        plan,
+        report=report,
+    )
     table = SpeculationTable(best_levels(measurements), costs)
     table.save(output, [measurement.as_dict() for measurement in measurements])
-    _show(measurements, table)
+    Console().print(calibration_view(measurements, table))
     typer.echo(f"written to {output}; use it with: eda serve --calibration {output}")
-
-
-def _measure(
-    loaded: LoadedModel, texts: list[str], plan: CalibrationPlan
-) -> tuple[list[Measurement], DraftCosts]:
-    prompts = [prompt_ids(loaded.tokenizer, text, loaded.tokenizer.has_chat_template) for text in texts]
-    return calibrate_decoder(
-        loaded.target, loaded.draft, loaded.fine_tune, loaded.private, prompts, plan, report=_progress
-    )
-
-
-def _progress(measurement: Measurement) -> None:
-    typer.echo(json.dumps(measurement.as_dict()), err=True)
-
-
-def _default_prompts(model: str) -> Path:
-    path = PROMPTS_DIRECTORY / f"{model}.jsonl"
-    return path if path.is_file() else PROMPTS_DIRECTORY / "general.jsonl"
-
-
-def _show(measurements: list[Measurement], table: SpeculationTable) -> None:
-    costs = table.costs
-    view = Table(
-        title="chosen by batch size; fractions of a plain step: "
-        f"extension {costs.extension_cost:.2f}, draft pass {costs.draft_cost:.2f}, "
-        f"verified token {costs.verification_cost:.2f}"
-    )
-    for name in ("sequences up to", "temperature", "draft", "tokens/s", "plain", "acceptance"):
-        view.add_column(name, justify="right")
-    for level in table.levels:
-        for temperature in sorted({m.temperature for m in measurements}):
-            here = [
-                m
-                for m in measurements
-                if (m.batch_size, m.temperature) == (level.max_batch_size, temperature)
-            ]
-            chosen = level.speculation(sampled=temperature > 0.0)
-            best = next(
-                m
-                for m in here
-                if (m.mode, m.num_speculative_tokens, m.min_probability)
-                == (chosen.mode, chosen.num_speculative_tokens, chosen.min_probability)
-            )
-            plain = next(m for m in here if m.num_speculative_tokens == 0)
-            length = chosen.num_speculative_tokens
-            name = f"{chosen.mode} {length}" if length else "none"
-            if chosen.min_probability:
-                name += f", to a probability of {chosen.min_probability:g}"
-            view.add_row(
-                str(level.max_batch_size),
-                f"{temperature:g}",
-                name,
-                f"{best.tokens_per_second:.1f}",
-                f"{plain.tokens_per_second:.1f}",
-                f"{best.mean_acceptance_length:.2f}",
-            )
-    Console().print(view)

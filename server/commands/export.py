@@ -3,16 +3,10 @@
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from adapters.errors import AdapterServiceError, InvalidInputError, UnknownVersionError
-from adapters.export import EXPORT_TYPES, ExportType, export_draft
-from adapters.loading import ModelLoader
-from adapters.store import AdapterStore
-from eda.draft import DraftModel
 from eda.errors import EdaError
-from eda.target import TargetModel
 
 
 def export(
@@ -42,6 +36,14 @@ def export(
     fine-tune's output layer become `lm_head`: the file drafts exactly what this server drafts. The engine must know
     `fc_norm` (EAGLE-3.1), the norms in front of `fc`.
     """
+    import torch
+
+    from adapters.export import EXPORT_TYPES, ExportType, export_draft
+    from adapters.loading import ModelLoader
+    from adapters.store import AdapterStore
+    from eda.draft import DraftModel
+    from eda.target import TargetModel
+
     try:
         if dtype not in EXPORT_TYPES:
             raise InvalidInputError(f"--dtype is {dtype!r}; it must be one of {', '.join(EXPORT_TYPES)}")
@@ -59,7 +61,7 @@ def export(
         manifest = private = None
         if store is not None and name is not None:
             versions = AdapterStore(store)
-            chosen = version if version is not None else _newest(versions, name, store)
+            chosen = version if version is not None else _newest(versions.versions(name), name, store)
             manifest, private = loader.private_module(versions, name, chosen, model.fingerprint)
         assert loader.draft is not None
         config = export_draft(
@@ -81,8 +83,7 @@ def export(
     )
 
 
-def _newest(store: AdapterStore, name: str, directory: Path) -> int:
-    versions = store.versions(name)
+def _newest(versions: list[int], name: str, directory: Path) -> int:
     if not versions:
         raise UnknownVersionError(f"--name is {name!r}; {directory} holds no version of it")
     return versions[-1]

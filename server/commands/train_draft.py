@@ -4,18 +4,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from eda.errors import EdaError
-from eda.target import TargetModel
 from eda.training.progress import ProgressEvent, StageStoppedError
 from eda.training.prompts import ChatFormat, Prompt, read_prompts, read_texts
-from eda.training.regenerate import RegenerationConfig
-from eda.training.shared_draft import SharedDraftConfig, train_shared_draft
-from eda.training.trainer import TrainingConfig
-from server.commands.progress_bars import progress_bars, stop_on_interrupt
-from server.models import choose_device
 from server.settings import ConfigurationError
 
 
@@ -76,6 +69,15 @@ def train_draft(
     The best state by simulated greedy acceptance length (tokens per target pass with 5 draft tokens, bonus token
     included) on held-out answers is kept.
     """
+    import torch
+
+    from eda.target import TargetModel
+    from eda.training.regenerate import RegenerationConfig
+    from eda.training.shared_draft import SharedDraftConfig, train_shared_draft
+    from eda.training.trainer import TrainingConfig
+    from server.commands.progress_bars import progress_bars, stop_on_interrupt
+    from server.models import choose_device
+
     config = SharedDraftConfig(
         draft_vocab_size=draft_vocab_size,
         intermediate_size=intermediate_size,

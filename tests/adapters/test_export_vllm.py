@@ -22,7 +22,7 @@ from eda.sampling_params import SamplingParams
 from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
 from eda.target import TargetModel
 from eda.tokenizer_files import load_tokenizer
-from server.cli import make_app
+from server.cli import app
 from server.settings import BUNDLED_MODELS as MODELS
 
 VARIABLE = "EDA_TEST_VLLM_PYTHON"
@@ -103,7 +103,7 @@ def test_vllm_drafts_the_same(tmp_path: Path, with_private: bool) -> None:
     arguments += ["--fine-tune", MODELS / "math", "--out", tmp_path / "draft"]
     if with_private:
         arguments += ["--store", MODELS / "adapters", "--name", "math"]
-    exported = CliRunner().invoke(make_app(), [str(argument) for argument in arguments])
+    exported = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert exported.exit_code == 0, exported.output
 
     call = [str(MODELS / "math"), str(tmp_path / "draft"), prompts(), NUM_TOKENS, NUM_DRAFT_TOKENS]

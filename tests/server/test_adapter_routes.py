@@ -388,3 +388,26 @@ def test_the_guard_rolls_back_what_does_harm_in_service(server: Server) -> None:
     assert "rolled_back" in [event["type"] for event in adapter["events"]]
     assert server.complete("harmful")["metrics"]["adapter_version"] is None
     assert 'eda:adapter_rollbacks_total{model_name="harmful"} 1.0' in server.client.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    ("training", "param", "message"),
+    [
+        (
+            {"keep": -1},
+            "training.keep",
+            "training.keep: Input should be greater than or equal to 0.01; got -1",
+        ),
+        ({"num_steps": "many"}, "training.num_steps", "valid integer"),
+        ({"widht": 4}, "training.widht", "the parameter 'training.widht' is not supported"),
+        ({"score": "luck"}, "training.score", "training.score is 'luck'; it must be one of"),
+        ({"intermediate_size": 0, "fc_rank": 0, "attention_rank": 0}, "training", "nothing would be trained"),
+        ([1], "training", "training: "),
+    ],
+)
+def test_wrong_training_options_are_named(server: Server, training: object, param: str, message: str) -> None:
+    response = server.client.post("/adapters", json={**server.body("untrained"), "training": training})
+    assert response.status_code == 400
+    error = error_of(response)
+    assert error["param"] == param
+    assert message in error["message"]

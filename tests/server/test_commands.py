@@ -13,11 +13,12 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
+from server.bundled_prompts import bundled_prompts
 from server.calibration import Measurement, best_levels, draft_costs
-from server.cli import make_app
-from server.commands.bench_serve import with_ratios
+from server.cli import app
 from server.engine.speculation import DraftCosts, SpeculationLevel, SpeculationTable
 from server.load import ClientView, LoadResult, read_prompts
+from server.load_report import with_ratios
 from tests.server.oracle import Oracle
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +26,7 @@ PROMPT = "the quick brown fox"
 
 
 def run(*arguments: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(make_app(), list(arguments))
+    result = CliRunner().invoke(app, list(arguments))
     return result.exit_code, result.stdout, result.stderr
 
 
@@ -149,7 +150,7 @@ def test_ratios_compare_within_one_concurrency() -> None:
 
 def test_bundled_prompts_can_be_read() -> None:
     for domain in ("math", "code", "medical", "general"):
-        path = ROOT / "benchmarks" / "prompts" / f"{domain}.jsonl"
+        path = bundled_prompts(domain)
         prompts = read_prompts(path, 1000)
         assert len(set(prompts)) == len(prompts) >= 32
 
@@ -193,7 +194,7 @@ def test_calibration_chooses_for_sampled_sequences_apart() -> None:
 @pytest.mark.slow
 def test_calibrate_writes_a_table_that_the_server_takes(models: list[str], tmp_path: Path) -> None:
     output = tmp_path / "table.json"
-    prompts = ROOT / "benchmarks" / "prompts" / "math.jsonl"
+    prompts = bundled_prompts("math")
     code, text, error = run(
         *(
             "bench",

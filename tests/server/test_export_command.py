@@ -12,14 +12,14 @@ from typer.testing import CliRunner
 from adapters.store import AdapterStore
 from eda.private import PrivateModule
 from eda.target import load_fine_tune
-from server.cli import make_app
+from server.cli import app
 from tests.adapters.fake_stages import manifest_for
 from tests.server.family import Family
 
 
 def export(family: Path, *arguments: object) -> Result:
     flags = ["--target", family / "base", "--draft", family / "draft", *arguments]
-    return CliRunner().invoke(make_app(), ["export", *map(str, flags)])
+    return CliRunner().invoke(app, ["export", *map(str, flags)])
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from server.cli import make_app
+from server.cli import app
 
 
 def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -21,13 +21,11 @@ def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
 
 @pytest.mark.parametrize(
     ("path", "command"),
-    [pytest.param(*item, id=" ".join(item[0])) for item in commands(get_command(make_app()))],
+    [pytest.param(*item, id=" ".join(item[0])) for item in commands(get_command(app))],
 )
 def test_help_shows_every_default(path: tuple[str, ...], command: Any) -> None:
     """Defaults that a setting or a model decides stand in brackets, which must not be taken for markup."""
-    result = CliRunner().invoke(
-        make_app(), [*path, "--help"], env={"COLUMNS": "400", "TERMINAL_WIDTH": "400"}
-    )
+    result = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "400", "TERMINAL_WIDTH": "400"})
     assert result.exit_code == 0
     shown = " ".join(result.output.split())
     for option in command.params:
@@ -36,4 +34,4 @@ def test_help_shows_every_default(path: tuple[str, ...], command: Any) -> None:
 
 
 def test_help_shows_names_in_angle_brackets() -> None:
-    assert "EDA_<NAME>" in CliRunner().invoke(make_app(), ["serve", "--help"]).output
+    assert "EDA_<NAME>" in CliRunner().invoke(app, ["serve", "--help"]).output

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from server.cli import make_app
+from server.cli import app
 from server.model_paths import model_paths
 from server.settings import ConfigurationError, Settings, load_settings
 
@@ -84,7 +84,7 @@ def test_wrong_settings_are_named(tmp_path: Path, text: str, message: str) -> No
 
 def test_print_config_shows_everything_but_secrets(tmp_path: Path) -> None:
     environment = {"EDA_API_KEYS": "secret-one,secret-two", "EDA_ADMIN_KEY": "secret-boss"}
-    result = CliRunner().invoke(make_app(), ["serve", "--print-config", "--port", "8123"], env=environment)
+    result = CliRunner().invoke(app, ["serve", "--print-config", "--port", "8123"], env=environment)
     assert result.exit_code == 0
     values = json.loads(result.output)
     assert values["port"] == 8123
@@ -93,13 +93,13 @@ def test_print_config_shows_everything_but_secrets(tmp_path: Path) -> None:
 
 
 def test_refused_settings_end_with_a_sentence() -> None:
-    result = CliRunner().invoke(make_app(), ["serve", "--host", "0.0.0.0"])
+    result = CliRunner().invoke(app, ["serve", "--host", "0.0.0.0"])
     assert result.exit_code == 2
     assert "EDA_ADMIN_KEY" in result.output
 
 
 def test_a_server_without_models_says_what_to_do(tmp_path: Path) -> None:
-    result = CliRunner().invoke(make_app(), ["serve", "--models-dir", str(tmp_path)])
+    result = CliRunner().invoke(app, ["serve", "--models-dir", str(tmp_path)])
     assert result.exit_code == 2
     assert "holds no model" in result.output
     assert "--target" in result.output

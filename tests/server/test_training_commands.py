@@ -10,7 +10,7 @@ from adapters.loading import ModelLoader
 from adapters.store import AdapterStore
 from eda.draft import DraftModel
 from eda.target import TargetModel, load_fine_tune
-from server.cli import make_app
+from server.cli import app
 from tests.server.family import save_family
 
 
@@ -23,7 +23,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*arguments: object, code: int = 0) -> str:
-    result = CliRunner().invoke(make_app(), [str(argument) for argument in arguments])
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == code, result.output
     return result.output
 

@@ -5,20 +5,20 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from adapters import worker_process
 from adapters.worker_process import SETTINGS_VARIABLE, WorkerSettings
-from server.cli import make_app
-from server.commands import worker as command
+from server.cli import app
 
 
 def test_settings_reach_the_worker(
     family_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[WorkerSettings] = []
-    monkeypatch.setattr(command, "run_worker", ran.append)
+    monkeypatch.setattr(worker_process, "run_worker", ran.append)
     base, draft = family_directory / "base", family_directory / "draft"
     flags = ["--target", base, "--draft", draft, "--data-dir", tmp_path, "--num-threads", 3, "--niceness", 5]
     monkeypatch.setenv("EDA_DATABASE_URL", "sqlite:////elsewhere/jobs.sqlite3")
-    result = CliRunner().invoke(make_app(), ["worker", *map(str, flags)])
+    result = CliRunner().invoke(app, ["worker", *map(str, flags)])
     assert result.exit_code == 0, result.output
     [settings] = ran
     assert (settings.target, settings.draft) == (str(base.resolve()), str(draft.resolve()))
@@ -29,6 +29,6 @@ def test_settings_reach_the_worker(
 
 def test_a_worker_without_a_draft_is_refused(family_directory: Path, tmp_path: Path) -> None:
     flags = ["--target", str(family_directory / "base"), "--data-dir", str(tmp_path)]
-    result = CliRunner().invoke(make_app(), ["worker", *flags])
+    result = CliRunner().invoke(app, ["worker", *flags])
     assert result.exit_code == 2
     assert "no shared draft to adapt" in result.output

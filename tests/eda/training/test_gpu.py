@@ -6,7 +6,8 @@ from toys import cyclic_samples, cyclic_target, dataset_of, new_draft
 
 from eda.private import PrivateModule
 from eda.target import FineTune
-from eda.training.selection import SCORES, score_samples
+from eda.training.scores import SCORES
+from eda.training.selection import score_samples
 from eda.training.trainees import lora_trainee, private_trainee, shared_trainee
 from eda.training.trainer import TrainingConfig, train
 

@@ -16,7 +16,8 @@ from eda.errors import EdaError
 from eda.target import FineTune
 from eda.training.progress import StageStoppedError
 from eda.training.samples import Sample
-from eda.training.selection import SCORES, score_samples, select
+from eda.training.scores import SCORES
+from eda.training.selection import score_samples, select
 from eda.training.trainees import shared_trainee
 from eda.training.trainer import TrainingConfig, train
 
