@@ -13,7 +13,6 @@ from eda.checkpoint_files import (
 from eda.config_fields import read_fields, require_sizes
 from eda.draft_files import read_draft_fields, require_draft_tensors
 from eda.errors import CheckpointError
-from eda.gguf_file.header import GgufHeader
 from eda.lora_config import LoraConfig
 
 
@@ -25,6 +24,8 @@ def check_target(path: Path) -> None:
         UnsupportedModelError: an architecture, rope type or type of weights is not implemented.
     """
     if is_gguf(path):
+        from eda.gguf_file.header import GgufHeader  # with numpy, which only these files need
+
         GgufHeader.read(path)
         return
     require_directory(path)

@@ -8,16 +8,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Self, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, cast
 
 from eda.chat_template import ChatTemplateError, Render
 from eda.chat_template import render as render_without_limits
 from eda.errors import DataError
 from eda.json_files import MAX_LINE_BYTES, json_lines, open_regular, parse_json
-from eda.target import FineTune
 from eda.tokenizer import TextTokenizer
-from eda.tokenizer_files import load_tokenizer
 from eda.training.progress import ShouldStop, StageStoppedError, never_stop
+
+if TYPE_CHECKING:  # it imports torch, and a file of prompts is checked without
+    from eda.target import FineTune
 
 Message = Mapping[str, str]
 
@@ -182,13 +183,17 @@ class ChatFormat:
         cls, directory: Path, *, eos_ids: Iterable[int] = (), render: Render = render_without_limits
     ) -> Self:
         """The format of a model directory. Raises ``CheckpointError`` when it holds no usable tokenizer."""
+        from eda.tokenizer_files import load_tokenizer  # it imports transformers
+
         return cls(load_tokenizer(directory), eos_ids, render)
 
     @classmethod
     def of_fine_tune(
-        cls, fine_tune: FineTune, base_directory: Path, *, render: Render = render_without_limits
+        cls, fine_tune: "FineTune", base_directory: Path, *, render: Render = render_without_limits
     ) -> Self:
         """The format that ``fine_tune`` is served with: its own where it brings one, else the base's."""
+        from eda.tokenizer_files import load_tokenizer
+
         tokenizer = fine_tune.tokenizer or load_tokenizer(base_directory)
         return cls(tokenizer, fine_tune.model.config.eos_token_ids, render)
 
