@@ -36,5 +36,6 @@ def open_model(path_or_hub_id: str | Path) -> ModelFiles:
         gguf = GgufCheckpoint.open(Path(path_or_hub_id))
         return ModelFiles(gguf.path, gguf.config, gguf)
     path = resolve_directory(path_or_hub_id)
+    config = ModelConfig.from_directory(path)
     check_target(path)  # before anything is built from these sizes
-    return ModelFiles(path, ModelConfig.from_directory(path), Checkpoint.of_model(path))
+    return ModelFiles(path, config, Checkpoint.of_model(path))

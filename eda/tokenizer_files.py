@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
-from transformers import AutoTokenizer
 
 from eda.chat_template import template_source
 from eda.checkpoint_files import is_gguf
@@ -180,6 +179,8 @@ def _patterns(file: Path) -> set[str]:
 
 def _reference(directory: Path) -> tuple[Any, str]:
     """The tokenizer as transformers builds it, or ``None`` and why it does not."""
+    from transformers import AutoTokenizer  # as slow to import as torch
+
     try:
         reference = AutoTokenizer.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False
