@@ -25,6 +25,7 @@ from eda.fingerprint import fingerprint_directory
 from eda.training.files import hash_of_json, write_bytes_atomically
 from eda.training.prompts import Prompt, read_prompts
 from eda.training.selection import DEFAULT_SCORE, SCORES
+from eda.training.stopwatch import in_words
 from server.commands.progress_bars import progress_bars, stop_on_interrupt
 
 WORK_DIRECTORY = ".adapt"
@@ -218,4 +219,6 @@ def _report(name: str, store: Path, result: AdaptationResult) -> None:
             "-" if figures["speed_up"] is None else f"{figures['speed_up']:.2f}x",
         )
     Console().print(table)
+    if result.training_seconds:
+        typer.echo(f"training spent: {in_words(result.training_seconds)}")
     typer.echo(f"{store / name / str(result.version)}: {result.reason}")
