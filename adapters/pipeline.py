@@ -87,6 +87,7 @@ class AdaptationStages(Protocol):
 
     Keys that the pipeline reads:
         triage: ``worthwhile`` (bool) and ``reason``.
+        train: ``seconds`` of its parts, where it knows them.
         evaluate: ``before`` and ``after``, each with ``mean_acceptance_length``; ``incumbent`` likewise or ``None``.
         publish: ``version`` (int).
     """
@@ -107,15 +108,22 @@ class AdaptationResult:
         version: that was published; ``None`` when triage found that it is not worth training.
         activate: whether the version should be served now; ``reason`` says why, or why there is none.
         metrics: "before", "after" and, if another version was active, "incumbent".
+        training_seconds: of each part of the training.
     """
 
     version: int | None
     activate: bool
     reason: str
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    training_seconds: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> Result:
-        return {"version": self.version, "reason": self.reason, "metrics": dict(self.metrics)}
+        return {
+            "version": self.version,
+            "reason": self.reason,
+            "metrics": dict(self.metrics),
+            "training_seconds": dict(self.training_seconds),
+        }
 
 
 def run_adaptation(
@@ -188,7 +196,8 @@ def _conclude(spec: AdaptationSpec, results: Mapping[str, Result]) -> Adaptation
     evaluation = results["evaluate"]
     metrics = {key: evaluation.get(key) for key in ("before", "after", "incumbent") if evaluation.get(key)}
     activate, reason = _decide(spec, evaluation)
-    return AdaptationResult(int(results["publish"]["version"]), activate, reason, metrics)
+    seconds = results["train"].get("seconds", {})
+    return AdaptationResult(int(results["publish"]["version"]), activate, reason, metrics, seconds)
 
 
 def _decide(spec: AdaptationSpec, evaluation: Mapping[str, Any]) -> tuple[bool, str]:

@@ -6,6 +6,7 @@ does not count.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from eda.draft import DraftModel
 from eda.private import PrivateModule
 from eda.training.dataset import Dataset, TrainingBatch
 from eda.training.progress import ShouldStop, StageStoppedError, never_stop
+from eda.training.stopwatch import Stopwatch
 from eda.training.unroll import unroll
 
 DEFAULT_DRAFT_TOKENS = 5
@@ -45,20 +47,22 @@ def simulate_acceptance(
     num_draft_tokens: int = DEFAULT_DRAFT_TOKENS,
     batch_size: int = 16,
     should_stop: ShouldStop = never_stop,
+    times: Stopwatch | None = None,
 ) -> SimulatedAcceptance:
     """Simulates greedy decoding of every sample of ``dataset``.
 
     The answers should be the target's own greedy ones. Rounds are walked as the decoder does: the next one begins
     behind the accepted tokens and the target's own. Near the end a draft is cut so that it never passes the last token.
 
-    Raises ``StageStoppedError`` when ``should_stop`` says so.
+    ``times`` is told what of it were the target's passes. Raises ``StageStoppedError`` when ``should_stop`` says so.
     """
-    head_rows = dataset.states.fine_tune.head_rows(draft.draft_token_ids)
+    head_rows = dataset.states.fine_tune.head_rows(draft.draft_token_ids).to(draft.fc.weight.dtype)
     rounds_of: dict[int, list[int]] = {}
     for indices in dataset.batches_by_size(batch_size):
         if should_stop():
             raise StageStoppedError("stopped while simulating acceptance")
-        batch = dataset.batch(indices, num_draft_tokens)
+        with times.part("target_states") if times else nullcontext():
+            batch = dataset.batch(indices, num_draft_tokens)
         runs = _runs(draft, private, batch, head_rows, num_draft_tokens)
         for index, row, count in zip(indices, runs.tolist(), batch.num_roots.tolist(), strict=True):
             rounds_of[index] = walk_rounds(row[:count])

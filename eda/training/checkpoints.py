@@ -25,6 +25,7 @@ class TrainingState:
         best: trained tensors at the best held-out score so far; empty before the first measurement.
         history: points of the curves, in order.
         train_seconds: spent in optimiser steps; measuring and loading are not in it.
+        seconds: of each part of the run when it was last saved, see ``stopwatch.Part``.
     """
 
     step: int = 0
@@ -33,6 +34,7 @@ class TrainingState:
     best_step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     train_seconds: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def save_state(path: Path, state: TrainingState, trainee: Trainee, optimizer: MuonAdamW, run: str) -> None:
@@ -51,6 +53,7 @@ def save_state(path: Path, state: TrainingState, trainee: Trainee, optimizer: Mu
         "best_step": state.best_step,
         "history": state.history,
         "train_seconds": state.train_seconds,
+        "seconds": state.seconds,
     }
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     write_bytes_atomically(path, save(contiguous, metadata={"state": json.dumps(described)}))
@@ -87,6 +90,7 @@ def load_state(path: Path, trainee: Trainee, optimizer: MuonAdamW, run: str) -> 
         best_step=int(described["best_step"]),
         history=list(described["history"]),
         train_seconds=float(described["train_seconds"]),
+        seconds=dict(described.get("seconds", {})),  # earlier versions did not keep them
     )
 
 

@@ -37,9 +37,9 @@ class TargetDistributions:
     @torch.no_grad()
     def from_hidden(cls, hidden: Tensor, log_normaliser: Tensor, head_rows: Tensor) -> "TargetDistributions":
         """From final hidden states ``[P, H]``, the full vocabulary's logsumexp ``[P]`` and rows ``[V_draft, H]``."""
-        log_probabilities = (hidden.to(head_rows.dtype) @ head_rows.T).float() - log_normaliser[:, None]
+        log_probabilities = (hidden.to(head_rows.dtype) @ head_rows.T).float().sub_(log_normaliser[:, None])
         probabilities = log_probabilities.exp()
-        negative_entropy = (probabilities * log_probabilities).nan_to_num_(0.0).sum(-1)
+        negative_entropy = log_probabilities.mul_(probabilities).nan_to_num_(0.0).sum(-1)
         return cls(probabilities, probabilities.sum(-1), negative_entropy)
 
 
@@ -117,14 +117,21 @@ class _HeadLoss(torch.autograd.Function):
 def _rows_loss(
     logits: Tensor, target: TargetDistributions, positions: Tensor, kind: LossKind, with_slope: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Losses ``[n]``, acceptance ``[n]`` and, if asked for, the gradient ``[n, V_draft]`` by the logits."""
+    """Losses ``[n]``, acceptance ``[n]`` and, if asked for, the gradient ``[n, V_draft]`` by the logits.
+
+    ``logits`` are overwritten: every further tensor of this width costs a CPU more than the arithmetic.
+    """
     logits = logits.float()
     target_probs, mass = target.probabilities[positions], target.mass[positions]
-    normaliser = logits.logsumexp(-1)
-    draft_probs = (logits - normaliser[:, None]).exp_()
+    score = torch.linalg.vecdot(target_probs, logits)
+    largest = logits.amax(-1, keepdim=True)
+    draft_probs = logits.sub_(largest).exp_()
+    total = draft_probs.sum(-1, keepdim=True)
+    draft_probs.div_(total)
+    normaliser = (largest + total.log()).squeeze(-1)
     acceptance = torch.minimum(target_probs, draft_probs).sum(-1)
     kl_share = _kl_share(acceptance, kind)
-    kl = normaliser * mass - torch.linalg.vecdot(target_probs, logits) + target.negative_entropy[positions]
+    kl = normaliser * mass - score + target.negative_entropy[positions]
     losses = kl_share * kl + (1.0 - kl_share) * (1.0 - acceptance)
     if not with_slope:
         return losses, acceptance, None
@@ -132,7 +139,8 @@ def _rows_loss(
     # d tv / d logits = draft_probs * (sum(draft_probs * b) - b).
     short = draft_probs * (draft_probs < target_probs)
     slope = draft_probs.mul_((kl_share * mass + (1.0 - kl_share) * short.sum(-1))[:, None])
-    slope.sub_(target_probs.mul_(kl_share[:, None])).sub_(short.mul_((1.0 - kl_share)[:, None]))
+    slope.addcmul_(target_probs, kl_share[:, None], value=-1.0)
+    slope.addcmul_(short, (1.0 - kl_share)[:, None], value=-1.0)
     return losses, acceptance, slope
 
 

@@ -7,7 +7,6 @@ peaked.
 
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,13 +14,13 @@ import torch
 from torch import Tensor
 
 from eda.errors import TrainingError
-from eda.target import automatic_dtype
 from eda.training.acceptance import DEFAULT_DRAFT_TOKENS, simulate_acceptance
 from eda.training.checkpoints import TrainingState, load_state, save_state
 from eda.training.dataset import Dataset, TrainingBatch
 from eda.training.files import hash_of_json
 from eda.training.loss import LossKind, head_loss, step_weights
 from eda.training.optimizer import MuonAdamW
+from eda.training.precision import autocast, product_dtype
 from eda.training.progress import (
     OnProgress,
     ProgressEvent,
@@ -30,6 +29,7 @@ from eda.training.progress import (
     ignore_progress,
     never_stop,
 )
+from eda.training.stopwatch import Stopwatch
 from eda.training.trainees import Trainee
 from eda.training.unroll import unroll
 
@@ -73,7 +73,10 @@ class TrainingConfig:
 
 @dataclass(frozen=True, slots=True)
 class TrainingReport:
-    """What a run did. Lengths are simulated acceptance lengths; ``first_score`` is of the state before training."""
+    """What a run did. Lengths are simulated acceptance lengths; ``first_score`` is of the state before training.
+
+    ``seconds`` holds the time of each part (see ``stopwatch.Part``), of interrupted runs too; they add up to the whole.
+    """
 
     num_steps: int
     best_step: int
@@ -83,6 +86,7 @@ class TrainingReport:
     train_seconds: float
     stopped_early: bool
     history: tuple[dict[str, float], ...]
+    seconds: dict[str, float]
 
 
 def train(
@@ -132,7 +136,9 @@ class _Run:
         self.num_steps = config.num_steps or math.ceil(config.epochs * self.steps_per_epoch)
         self.evaluate_every = config.evaluate_every or max(1, math.ceil(self.num_steps / 12))
         self.peak_rate = config.learning_rate or default_learning_rate(trainee)
-        self.head_rows = training.states.fine_tune.head_rows(trainee.draft.draft_token_ids)
+        rows = training.states.fine_tune.head_rows(trainee.draft.draft_token_ids)
+        self.head_rows = rows.to(product_dtype(rows.device))
+        self.times = Stopwatch(rows.device)
         self.optimizer = MuonAdamW(trainee.parameters, self.peak_rate, config.weight_decay)
         self.run = hash_of_json(
             {
@@ -152,6 +158,7 @@ class _Run:
             load_state(self.checkpoint, self.trainee, self.optimizer, self.run) if self.checkpoint else None
         )
         state = loaded or TrainingState()
+        self.times.add(state.seconds)
         try:
             stopped_early = self._train(state)
         finally:  # also when stopped or failed: the state is always the one after a whole step
@@ -166,6 +173,7 @@ class _Run:
             train_seconds=state.train_seconds,
             stopped_early=stopped_early,
             history=tuple(state.history),
+            seconds=self.times.seconds(),
         )
 
     def _train(self, state: TrainingState) -> bool:
@@ -178,7 +186,7 @@ class _Run:
                 return False
             if self._out_of_patience(state):
                 return True
-            if self.should_stop():
+            if self._stopped():
                 raise StageStoppedError(f"training stopped after step {state.step} of {self.num_steps}")
             if time.monotonic() - last_saved > self.config.checkpoint_seconds:
                 self._save(state)
@@ -192,26 +200,38 @@ class _Run:
 
     def _step(self, state: TrainingState) -> None:
         start = time.perf_counter()
-        batch = self.training.batch(self._indices(state.step), self.config.unroll_steps)
+        with self.times.part("target_states"):
+            batch = self.training.batch(self._indices(state.step), self.config.unroll_steps)
         rate = learning_rate(self.peak_rate, self.config.warmup, state.step, self.num_steps)
         with autocast(self.head_rows.device):
-            loss, acceptances = batch_loss(self.trainee, batch, self.head_rows, self.config)
+            loss, acceptances = batch_loss(self.trainee, batch, self.head_rows, self.config, self.times)
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        with self.times.part("backward"):
+            loss.backward()  # type: ignore[no-untyped-call]
         self._check_frozen(state.step)
-        norm = torch.nn.utils.clip_grad_norm_(list(self.trainee.parameters.values()), self.config.clip)
+        with self.times.part("optimizer"):
+            norm = torch.nn.utils.clip_grad_norm_(list(self.trainee.parameters.values()), self.config.clip)
         if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
             raise TrainingError(
                 f"step {state.step + 1}: the loss is {loss.item()} and the gradient's norm {norm.item()}; both must "
                 f"be finite. The weights after step {state.step} are kept (best: step {state.best_step}); "
                 "a lower learning rate may help"
             )
-        self.optimizer.step(rate)
+        with self.times.part("optimizer"):
+            self.optimizer.step(rate)
         state.step += 1
         state.train_seconds += time.perf_counter() - start
         metrics = {"step": float(state.step), "loss": loss.item(), "learning_rate": rate}
         metrics |= {f"acceptance_{step}": value for step, value in enumerate(acceptances)}
-        self.on_progress(ProgressEvent("train", state.step, self.num_steps, metrics=metrics))
+        self._report(ProgressEvent("train", state.step, self.num_steps, metrics=metrics))
+
+    def _report(self, event: ProgressEvent) -> None:
+        with self.times.part("reporting"):
+            self.on_progress(event)
+
+    def _stopped(self) -> bool:
+        with self.times.part("reporting"):
+            return self.should_stop()
 
     def _indices(self, step: int) -> list[int]:
         epoch, place = divmod(step, self.steps_per_epoch)
@@ -228,14 +248,16 @@ class _Run:
             raise TrainingError(f"step {step + 1}: frozen parameters received gradients: {', '.join(wrong)}")
 
     def _measure(self, state: TrainingState) -> None:
-        measured = simulate_acceptance(
-            self.trainee.draft,
-            self.trainee.private,
-            self.held_out,
-            num_draft_tokens=self.config.num_draft_tokens,
-            batch_size=self.config.batch_size,
-            should_stop=self.should_stop,
-        )
+        with self.times.part("evaluation"):
+            measured = simulate_acceptance(
+                self.trainee.draft,
+                self.trainee.private,
+                self.held_out,
+                num_draft_tokens=self.config.num_draft_tokens,
+                batch_size=self.config.batch_size,
+                should_stop=self._stopped,
+                times=self.times,
+            )
         point = {
             "step": float(state.step),
             "acceptance_length": measured.mean_length,
@@ -246,7 +268,7 @@ class _Run:
             state.best, state.best_score = self.trainee.state(), measured.mean_length
             state.best_step = state.step
         message = f"acceptance length {measured.mean_length:.3f} after {state.step} steps"
-        self.on_progress(ProgressEvent("train", state.step, self.num_steps, message, point))
+        self._report(ProgressEvent("train", state.step, self.num_steps, message, point))
 
     def _out_of_patience(self, state: TrainingState) -> bool:
         if self.config.patience is None:
@@ -255,19 +277,23 @@ class _Run:
         return len(since) >= self.config.patience
 
     def _save(self, state: TrainingState) -> None:
-        if self.checkpoint is not None:
+        if self.checkpoint is None:
+            return
+        with self.times.part("saving"):
+            state.seconds = self.times.seconds()
             save_state(self.checkpoint, state, self.trainee, self.optimizer, self.run)
 
 
 def batch_loss(
-    trainee: Trainee, batch: TrainingBatch, head_rows: Tensor, config: TrainingConfig
+    trainee: Trainee, batch: TrainingBatch, head_rows: Tensor, config: TrainingConfig, times: Stopwatch
 ) -> tuple[Tensor, list[float]]:
     """The loss of a batch, and the mean probability of acceptance at each step.
 
     Every step's loss is a mean over the answer tokens that it predicts (prompts and padding are masked out); steps are
     weighed by ``config.step_decay``.
     """
-    target = batch.distributions(head_rows)
+    with times.part("loss"):
+        target = batch.distributions(head_rows)
     outputs = unroll(
         trainee.draft,
         batch.features,
@@ -279,17 +305,17 @@ def batch_loss(
     )
     total = torch.zeros((), device=batch.features.device)
     acceptances: list[float] = []
-    for step, (output, share) in enumerate(
-        zip(outputs, step_weights(config.unroll_steps, config.step_decay), strict=True)
-    ):
+    for step, share in enumerate(step_weights(config.unroll_steps, config.step_decay)):
         positions = batch.positions(step)
         if not positions.numel():
             break
-        hidden = trainee.draft.norm(output[batch.valid(step)])
-        weights = torch.full(positions.shape, share / positions.numel(), device=hidden.device)
-        result = head_loss(hidden, head_rows, target, positions, weights, config.loss)
-        total = total + result.loss
-        acceptances.append(float(result.acceptance.mean()))
+        with times.part("draft_forward"):
+            hidden = trainee.draft.norm(next(outputs)[batch.valid(step)])
+        with times.part("loss"):
+            weights = torch.full(positions.shape, share / positions.numel(), device=hidden.device)
+            result = head_loss(hidden, head_rows, target, positions, weights, config.loss)
+            total = total + result.loss
+            acceptances.append(float(result.acceptance.mean()))
     return total, acceptances
 
 
@@ -308,9 +334,3 @@ def default_learning_rate(trainee: Trainee) -> float:
     A module that starts at zero beside frozen weights takes much larger steps than weights that are trained already.
     """
     return _RATE_TIMES_WIDTH[trainee.kind] / trainee.draft.config.hidden_size
-
-
-def autocast(device: torch.device) -> AbstractContextManager[object]:
-    """bfloat16 products where the hardware has units for them; parameters and optimiser state stay float32."""
-    dtype = automatic_dtype(device)
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)

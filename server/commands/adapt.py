@@ -190,4 +190,8 @@ def _report(name: str, store: Path, result: AdaptationResult) -> None:
             "-" if figures["speed_up"] is None else f"{figures['speed_up']:.2f}x",
         )
     Console().print(table)
+    if result.training_seconds:
+        from eda.training.stopwatch import in_words
+
+        typer.echo(f"training spent: {in_words(result.training_seconds)}")
     typer.echo(f"{store / name / str(result.version)}: {result.reason}")

@@ -74,6 +74,7 @@ def train_draft(
     from eda.target import TargetModel
     from eda.training.regenerate import RegenerationConfig
     from eda.training.shared_draft import SharedDraftConfig, train_shared_draft
+    from eda.training.stopwatch import in_words
     from eda.training.trainer import TrainingConfig
     from server.commands.progress_bars import progress_bars, stop_on_interrupt
     from server.models import choose_device
@@ -132,6 +133,7 @@ def train_draft(
         f"{report.first_score:.3f}) at step {report.best_step} of {report.num_steps}, "
         f"{report.train_seconds:.0f} s in optimiser steps"
     )
+    typer.echo(f"training spent: {in_words(report.seconds)}")
 
 
 def _texts_of(prompts: list[Prompt]) -> list[str]:

@@ -1,6 +1,7 @@
 """`eda train-draft`, `eda adapt` and `eda bench adaptation` from the command line, on a tiny random family."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -46,13 +47,16 @@ def test_train_draft_writes_a_draft_for_this_target(family: Path, tmp_path: Path
     assert "vocabulary 64 of" in output
     draft = DraftModel.load(tmp_path / "draft")
     assert draft.config.target_fingerprint == TargetModel.load(family / "base").fingerprint
-    assert run(*arguments) == output
+    assert re.search(r"training spent: .*evaluation \d+\.\d s \(\d+%\)", output)
+    # Run again, it finds the trained state; only what this cost is new.
+    assert run(*arguments).splitlines()[0] == output.splitlines()[0]
 
 
 def test_adapt_publishes_a_version_that_loads_and_says_so_again(family: Path, tmp_path: Path) -> None:
     store = tmp_path / "adapters"
     output = run(*adapt_arguments(family, store))
     assert "adapted" in output
+    assert "training spent: " in output
     assert "math/1" in output.replace("\n", "")
     base = TargetModel.load(family / "base")
     loader = ModelLoader(base, DraftModel.load(family / "draft"))
@@ -62,6 +66,8 @@ def test_adapt_publishes_a_version_that_loads_and_says_so_again(family: Path, tm
     assert module.num_parameters > 0
     again = json.loads(run(*adapt_arguments(family, store), "--json"))
     assert again["version"] == 1
+    assert {"optimizer", "backward", "evaluation"} <= set(again["training_seconds"])
+    assert manifest.provenance["train"]["seconds"] == again["training_seconds"]
     assert AdapterStore(store).versions("math") == [1]
 
 

@@ -1,10 +1,15 @@
 """What is trained, what stays, what is resumed, and that acceptance rises."""
 
+import itertools
+import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from toys import (
     cyclic_samples,
     cyclic_target,
@@ -18,9 +23,10 @@ from toys import (
 
 from eda.errors import DataError, MismatchError, TrainingError
 from eda.private import PrivateModule
-from eda.training import trainer
+from eda.training import stopwatch, trainer
 from eda.training.acceptance import simulate_acceptance
 from eda.training.checkpoints import TrainingState
+from eda.training.optimizer import MuonAdamW
 from eda.training.progress import StageStoppedError
 from eda.training.trainees import (
     Trainee,
@@ -139,6 +145,75 @@ def test_an_interrupted_run_gives_the_same_result(kind: str, tmp_path: Path) -> 
         assert torch.equal(tensor, part.state()[name]), name
     assert found.history == expected.history
     assert found.best_step == expected.best_step
+
+
+PARTS = {
+    *("target_states", "draft_forward", "loss", "backward", "optimizer", "evaluation"),
+    *("saving", "reporting", "other"),
+}
+
+
+def test_the_report_says_what_each_part_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = random_target()
+    data, held_out = dataset_of(target, random_samples(20)), dataset_of(target, random_samples(6, 9))
+    real_step = MuonAdamW.step
+
+    def slow_step(self: MuonAdamW, rate: float) -> None:
+        time.sleep(0.05)
+        real_step(self, rate)
+
+    monkeypatch.setattr(MuonAdamW, "step", slow_step)
+    start = time.perf_counter()
+    report = train(private_for(), data, held_out, CONFIG, checkpoint=tmp_path / "state.safetensors")
+    whole = time.perf_counter() - start
+    assert set(report.seconds) == PARTS
+    assert all(seconds > 0 for seconds in report.seconds.values())
+    assert report.seconds["optimizer"] >= 0.05 * report.num_steps
+    assert 0.9 * whole <= sum(report.seconds.values()) <= whole
+
+
+def test_parts_of_interrupted_runs_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that moves on by one at every look, a part takes as many seconds as it was entered."""
+    ticks = itertools.count()
+    monkeypatch.setattr(stopwatch, "perf_counter", lambda: float(next(ticks)))
+    target = random_target()
+    data, held_out = dataset_of(target, random_samples(20)), dataset_of(target, random_samples(6, 9))
+    expected = train(private_for(), data, held_out, CONFIG).seconds
+    asked = 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked % 5 == 0
+
+    attempts = 0
+    while True:
+        attempts += 1
+        assert attempts < 20
+        try:
+            found = train(
+                private_for(), data, held_out, CONFIG, checkpoint=tmp_path / "state", should_stop=stop
+            ).seconds
+            break
+        except StageStoppedError:
+            pass
+    assert attempts > 2
+    assert expected["optimizer"] == 2 * 12
+    for part in ("draft_forward", "loss", "backward", "optimizer"):
+        assert found[part] == expected[part], part
+    assert found["saving"] >= attempts - 1
+
+
+def test_a_checkpoint_without_times_is_gone_on_from(tmp_path: Path) -> None:
+    target, path = random_target(), tmp_path / "state.safetensors"
+    data = dataset_of(target, random_samples(8))
+    expected = train(private_for(), data, data, CONFIG, checkpoint=path)
+    with safe_open(str(path), framework="pt") as file:
+        described = json.loads(file.metadata()["state"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    del described["seconds"]
+    save_file(tensors, path, metadata={"state": json.dumps(described)})
+    assert train(private_for(), data, data, CONFIG, checkpoint=path).history == expected.history
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
