@@ -16,8 +16,17 @@ from eda.lora import LoraAdapter
 from eda.private import PrivateSegment
 from eda.proposal import Proposal
 from eda.sampling import draw_uniforms
+from eda.sampling_params import SamplingDemand
 from eda.state import SequenceState
 from eda.target import FineTune, TargetModel
+
+# Log-probabilities are the target's: no draft has anything to do with them.
+CHAINS_COVER = (
+    SamplingDemand.DRAWS | SamplingDemand.TEMPERATURE | SamplingDemand.CUTS | SamplingDemand.LOGPROBS
+)
+"""Of rows whose chains are drafted in one call."""
+TREES_COVER = SamplingDemand.DRAWS | SamplingDemand.LOGPROBS
+"""Of rows whose trees grow by the draft's own probabilities."""
 
 
 class KernelProposals:
@@ -46,7 +55,8 @@ class KernelProposals:
         """
         steps = chain_lengths
         if steps is None or not all(
-            _draws_plainly(state) or not count for state, count in zip(states, steps, strict=True)
+            state.sampling.demand in CHAINS_COVER or not count
+            for state, count in zip(states, steps, strict=True)
         ):
             steps = None
         rows = self._rows(states, steps or [0] * len(states), lengths)
@@ -115,24 +125,3 @@ class KernelProposals:
             rows.append(row)
             start += length
         return rows
-
-
-def has_plain_scores(state: SequenceState, *, any_temperature: bool = False) -> bool:
-    """Whether the draft's own probabilities are the ones to choose by: nothing changes its logits, there is no seed.
-
-    With ``any_temperature`` a temperature may flatten or sharpen them.
-    """
-    params = state.sampling
-    if params.is_greedy or not _draws_plainly(state):
-        return _draws_plainly(state)
-    cuts = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
-    return not cuts and (any_temperature or params.temperature == 1.0)
-
-
-def _draws_plainly(state: SequenceState) -> bool:
-    """Whether the tokens of a chain depend on the draft's raw logits alone: the likeliest ones, or drawn ones.
-
-    The kernel draws at any temperature, and after any of top-k, top-p and min-p.
-    """
-    params = state.sampling
-    return not params.edits_logits and (params.is_greedy or params.seed is None)

@@ -16,7 +16,7 @@ from torch import Tensor
 from eda.attention import AttentionRow, PackedBatch
 from eda.chains import cut_chains
 from eda.draft import DraftModel
-from eda.kernel_proposals import KernelProposals, has_plain_scores
+from eda.kernel_proposals import TREES_COVER, KernelProposals
 from eda.kernels.draft import supports
 from eda.lora import LoraAdapter
 from eda.private import PrivateSegment
@@ -218,7 +218,7 @@ class Proposer:
 
         Each has its ``num_nodes`` best nodes; see ``eda/tree.py``.
         """
-        if self._fast is not None and all(has_plain_scores(state) for state in states):
+        if self._fast is not None and all(state.sampling.demand in TREES_COVER for state in states):
             alone = [_private_segments([state], [1]) for state in states]
             return self._fast.trees(states, hidden, alone, top_k=top_k, depth=depth, num_nodes=num_nodes)
         if self.passes is not None:

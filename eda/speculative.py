@@ -19,6 +19,7 @@ from eda.kv_cache import KVCache
 from eda.packing import StepRow, lora_segments, pack, place_rows
 from eda.proposer import Proposer, in_draft_order
 from eda.sampling import TokenHistory
+from eda.sampling_params import SamplingDemand
 from eda.state import SequenceState, Speculation
 from eda.static.choice import GraphChoice, graph_cache
 from eda.static.shapes import MAX_TOKENS, WARM_UP_KEYS
@@ -402,5 +403,4 @@ def check_draft_fits(draft: DraftModel, target: TargetModel) -> None:
 
 def _needs_only_best(state: SequenceState) -> bool:
     """Whether verifying takes no more than the target's likeliest tokens, and the target can tell them."""
-    sampling = state.sampling
-    return sampling.takes_likeliest and sampling.num_logprobs is None and state.fine_tune.tells_likeliest
+    return state.sampling.demand == SamplingDemand.NOTHING and state.fine_tune.tells_likeliest

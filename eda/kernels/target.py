@@ -28,6 +28,20 @@ from eda.lora import LoraAdapter, LoraSegment, LowRank
 
 HEAD_SIZES = (32, 64, 128)
 
+READ = frozenset(
+    {
+        *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"),
+        *("head_dim", "rms_norm_eps", "layer_windows", "qkv_bias", "output_bias", "mlp_bias", "qk_norm"),
+        "max_position_embeddings",
+    }
+)
+"""Fields of ``ModelConfig`` that the C++ passes compute by, or that ``supports`` looks at."""
+IRRELEVANT = frozenset(
+    # Rotary angles and the shared head are made in Python; the others say nothing about the layers.
+    {"architecture", "rope", "tie_word_embeddings", "eos_token_ids", "dtype"}
+)
+"""All other fields. One that is in neither set would be computed as if it were not there; a test compares."""
+
 
 def supports(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether ``TargetKernel`` can run a model of this kind here."""

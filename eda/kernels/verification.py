@@ -10,7 +10,10 @@ from eda.kernels.library import Sampling, VerifiedRow, kernels
 from eda.kernels.parallel import num_threads
 from eda.kernels.tokens import as_pointer
 from eda.proposal import Proposal
-from eda.sampling_params import SamplingParams
+from eda.sampling_params import SamplingDemand, SamplingParams
+
+COVERS = SamplingDemand.DRAWS | SamplingDemand.TEMPERATURE | SamplingDemand.CUTS | SamplingDemand.LOGPROBS
+"""Of rows that ``verify_chains`` takes; log-probabilities are added to its verdicts by the caller."""
 
 
 def sampling_of(params: SamplingParams) -> Sampling:
@@ -22,7 +25,7 @@ def sampling_of(params: SamplingParams) -> Sampling:
 
 def can_verify(params: SamplingParams, proposal: Proposal | None) -> bool:
     """Whether ``verify_chains`` covers a row: drawn from unedited logits, with a drawn chain or none."""
-    if not params.is_sampled or params.edits_logits:
+    if not params.is_sampled or params.demand not in COVERS:
         return False
     return proposal is None or not proposal.token_ids or proposal.draft_probs is not None
 

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from eda.chains import cut_chains
 from eda.draft import DraftModel
-from eda.kernel_proposals import has_plain_scores
 from eda.kv_cache import KVCache
 from eda.proposal import Proposal
 from eda.sampling import draw_uniforms
+from eda.sampling_params import SamplingDemand
 from eda.state import SequenceState, Speculation
 from eda.static.draft_functions import (
     ChainBuffers,
@@ -27,6 +27,11 @@ from eda.target import FineTune
 from eda.transfers import read, upload
 from eda.tree import best_nodes
 
+# Log-probabilities are the target's: no draft has anything to do with them.
+CHAINS_COVER = SamplingDemand.DRAWS | SamplingDemand.TEMPERATURE | SamplingDemand.LOGPROBS
+"""Of rows whose chains are recorded."""
+TREES_COVER = SamplingDemand.DRAWS | SamplingDemand.LOGPROBS
+"""Of rows whose trees are recorded."""
 _ROW_INPUTS = ("starts", "lengths", "steps", "scratch")
 
 
@@ -163,7 +168,7 @@ class DraftPasses:
         num_steps = round_up(max(lengths), CHAINS)
         if owners is None or count is None or num_steps is None:
             return None
-        if not all(has_plain_scores(state, any_temperature=True) for state in states):
+        if not all(state.sampling.demand in CHAINS_COVER for state in states):
             return None
         longest = max(state.draft_length + length for state, length in zip(states, lengths, strict=True))
         keys = num_keys(longest, count)
@@ -246,7 +251,7 @@ class DraftPasses:
         owners, count = _owners(states), round_up(len(states), ROWS)
         if owners is None or count is None or count * top_k > MAX_TOKENS:
             return None
-        if not all(has_plain_scores(state) for state in states):
+        if not all(state.sampling.demand in TREES_COVER for state in states):
             return None
         keys = num_keys(max(state.draft_length for state in states) + top_k * depth, count)
         if keys is None:

@@ -74,7 +74,7 @@ def test_trees_are_those_of_the_generic_way(
     assert proposer is not None
     shape = {"top_k": top_k, "depth": depth, "num_nodes": num_nodes}
     found = proposer.propose_trees(states, hidden, **shape)
-    monkeypatch.setattr("eda.proposer.has_plain_scores", lambda *_, **__: False)
+    monkeypatch.setattr("eda.proposer.TREES_COVER", ())
     expected = proposer.propose_trees(states, hidden, **shape)
     sizes = {len(proposal.token_ids) for proposal in found}
     assert sizes == {min(num_nodes, top_k + top_k * top_k * (depth - 1))}
