@@ -21,7 +21,7 @@ from adapters.stages import TrainingStages
 from adapters.worker_process import WorkerSettings, run_worker
 from eda.target import TargetModel, load_fine_tune
 from tests.adapters.helpers import Service, wait_for, warm_processes
-from tests.server.family import save_family
+from tests.support.family import save_family
 
 OPTIONS = TrainingOptions(
     intermediate_size=8, num_steps=24, learning_rate=0.02, batch_size=2, max_tokens=12, held_out=2, seed=1

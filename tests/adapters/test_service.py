@@ -39,7 +39,7 @@ from eda.target import TargetModel
 from tests.adapters.databases import url_of
 from tests.adapters.helpers import warm_processes
 from tests.adapters.test_registry import Setup
-from tests.reference_family import Family, make_family
+from tests.support.reference_family import Family, make_family
 
 SELF = DataSource(self_prompts=4)
 

@@ -21,7 +21,7 @@ from eda.draft import DraftModel
 from eda.errors import DataError, MismatchError
 from eda.fingerprint import fingerprint_directory
 from eda.target import TargetModel, load_fine_tune
-from tests.server.family import save_family
+from tests.support.family import save_family
 
 OPTIONS = TrainingOptions(
     intermediate_size=8, num_steps=4, batch_size=2, max_tokens=8, held_out=2, keep=0.5, seed=1

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_lora, tiny_target
 
 from adapters.manifest import Manifest
 from adapters.store import AdapterStore
 from eda.draft import DraftConfig, DraftModel
 from eda.private import PrivateModule
 from eda.target import TargetModel, load_fine_tune
+from tests.support.tiny import tiny_lora, tiny_target
 
 
 @dataclass(frozen=True)

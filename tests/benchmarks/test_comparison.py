@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_target
 
 from benchmarks.compare import build_peers
 from benchmarks.comparison_report import (
@@ -34,6 +33,7 @@ from benchmarks.peers.interface import (
     require,
 )
 from server.engine.speculation import SpeculationLevel, SpeculationTable
+from tests.support.tiny import tiny_target
 
 PROMPTS = [Prompt("math", [index, 7]) for index in range(8)]
 MODEL = PeerModel(Path("plain"), Path("work"), torch.float32, threads=1, max_length=64)

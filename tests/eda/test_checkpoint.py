@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from passes import assert_equal_logits, complete, random_tokens, reference, reference_logits
 from safetensors.torch import load_file, save_file
-from tiny import ARCHITECTURES, edit_json, tiny_target, tiny_tokenizer
 
 from eda.checkpoint import Checkpoint, listed, read_header, resolve_directory
 from eda.config import SUPPORTED_ARCHITECTURES, SUPPORTED_ROPE_TYPES, ModelConfig
 from eda.errors import CheckpointError, EdaError, MismatchError, UnsupportedModelError
 from eda.target import TargetModel, load_fine_tune
+from tests.support.passes import assert_equal_logits, complete, random_tokens, reference, reference_logits
+from tests.support.tiny import ARCHITECTURES, edit_json, tiny_target, tiny_tokenizer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -9,7 +9,6 @@ from collections import Counter
 
 import pytest
 import torch
-from reference_family import Family, make_family
 from scipy.stats import chisquare
 
 from eda.generation import GenerationRequest, generate
@@ -17,6 +16,7 @@ from eda.private import PrivateModule
 from eda.proposer import Proposer
 from eda.sampling import SamplingParams
 from eda.speculative import Speculation, SpeculativeDecoder
+from tests.support.reference_family import Family, make_family
 
 NUM_ALLOWED = 4
 BIAS = 100.0

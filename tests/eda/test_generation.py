@@ -1,11 +1,11 @@
 """Batch generation without a server: limits, ends, callbacks, and what is given back."""
 
 import pytest
-from reference_family import Family, make_family
 
 from eda.errors import CacheFullError
 from eda.generation import Generation, GenerationRequest, generate, measure, summarise
 from eda.speculative import Speculation, SpeculativeDecoder
+from tests.support.reference_family import Family, make_family
 
 PROMPTS = [[7, 8, 9], [1], [30, 31, 32, 33, 34], [60, 2]]
 

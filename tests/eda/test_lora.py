@@ -6,14 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from passes import Row, assert_equal_logits, complete, random_tokens, reference, reference_logits, run
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny import edit_json, tiny_lora, tiny_target, tiny_tokenizer
 
 from eda.errors import CheckpointError, EdaError, MismatchError, UnsupportedModelError
 from eda.lora import LoraAdapter, LoraSegment
 from eda.target import FineTune, TargetModel, load_fine_tune
+from tests.support.passes import (
+    Row,
+    assert_equal_logits,
+    complete,
+    random_tokens,
+    reference,
+    reference_logits,
+    run,
+)
+from tests.support.tiny import edit_json, tiny_lora, tiny_target, tiny_tokenizer
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

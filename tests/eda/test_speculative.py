@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference_family import Family, make_family
 from torch import Tensor
 
 from eda.draft import DraftConfig, DraftModel
@@ -24,6 +23,7 @@ from eda.sampling import SamplingParams
 from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
 from eda.target import FineTune, TargetModel
 from eda.verification import Proposal
+from tests.support.reference_family import Family, make_family
 
 GREEDY = SamplingParams(temperature=0.0)
 CHAIN = Speculation("chain", num_speculative_tokens=4)
@@ -78,34 +78,17 @@ def run_mixed(
     prefill_chunk: int = 5,
 ) -> list[list[int]]:
     """Decodes all cases in one changing batch: sequences join when others leave, prompts come in small chunks."""
-    waiting = list(enumerate(cases))
-    running: list[tuple[int, SequenceState]] = []
-    outputs: list[list[int]] = [[] for _ in cases]
-    while waiting or running:
-        while waiting and len(running) < batch_size:
-            place, case = waiting.pop(0)
-            speculation, private = choose(place)
-            state = SequenceState(
-                token_ids=list(case.prompt),
-                max_length=len(case.prompt) + max_tokens,
-                fine_tune=family.fine_tunes[case.model],
-                sampling=GREEDY,
-                private=private,
-                speculation=speculation,
-            )
-            decoder.admit(state)
-            running.append((place, state))
-        rows = [
-            ScheduledRow(state, min(prefill_chunk, state.num_uncomputed) if state.is_prefilling else 1)
-            for _, state in running
-        ]
-        for (place, _), result in zip(running, decoder.step(rows), strict=True):
-            outputs[place] += result.token_ids
-        for place, state in list(running):
-            if len(outputs[place]) >= max_tokens:
-                decoder.release(state)
-                running.remove((place, state))
-    return outputs
+    requests = []
+    for place, case in enumerate(cases):
+        speculation, private = choose(place)
+        fine_tune = family.fine_tunes[case.model]
+        requests.append(
+            GenerationRequest(case.prompt, max_tokens, frozenset(), GREEDY, speculation, private, fine_tune)
+        )
+    generations = generate(
+        decoder, family.fine_tunes["base"], requests, max_batch=batch_size, prefill_chunk=prefill_chunk
+    )
+    return [generation.token_ids for generation in generations]
 
 
 def test_greedy_equals_the_reference_in_mixed_batches_with_any_private_module(family: Family) -> None:
@@ -123,7 +106,7 @@ def test_greedy_equals_the_reference_in_mixed_batches_with_any_private_module(fa
         decoder, family, cases, max_tokens, lambda _: (rng.choice(modes), rng.choice(privates))
     )
     for case, output in zip(cases, outputs, strict=True):
-        assert output[:max_tokens] == case.expected, case.model
+        assert output == case.expected, case.model
     assert decoder.cache.allocator.num_free == 1024
 
 
@@ -140,7 +123,9 @@ class OracleProposer(Proposer):
         self, states: Sequence[SequenceState], chain_lengths: Sequence[int] | None = None
     ) -> tuple[Tensor, list[Proposal] | None]:
         for state in states:
-            self.read_features.setdefault(id(state), []).extend(state._pending)
+            features = state.take_pending_features()
+            self.read_features.setdefault(id(state), []).append(features)
+            state.keep_features(features)
         return super().extend(states)
 
     def _continuation(self, state: SequenceState) -> list[int]:
@@ -224,7 +209,7 @@ def test_accepted_runs_of_every_length_leave_cache_and_features_as_a_fresh_pass(
         active = [state for state in active if len(state.token_ids) < state.max_length]
     for case, state in zip(cases, states, strict=True):
         assert state.token_ids[len(case.prompt) :][:max_tokens] == case.expected
-        seen = torch.cat([*oracle.read_features[id(state)], *state._pending])
+        seen = torch.cat([*oracle.read_features[id(state)], state.take_pending_features()])
         fresh = SequenceState(
             token_ids=list(state.token_ids),
             max_length=len(state.token_ids) + 1,
@@ -235,7 +220,7 @@ def test_accepted_runs_of_every_length_leave_cache_and_features_as_a_fresh_pass(
         decoder.admit(fresh)
         truth[id(fresh)] = []
         decoder.step([ScheduledRow(fresh, fresh.num_uncomputed)])
-        expected = torch.cat(fresh._pending)[: seen.shape[0]]
+        expected = fresh.take_pending_features()[: seen.shape[0]]
         torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-4)
         decoder.release(fresh)
     assert accepted_counts >= set(range(speculation.num_speculative_tokens + 1))

@@ -8,12 +8,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from passes import Row, assert_equal_logits, complete, random_tokens, reference, reference_logits, run
-from tiny import ARCHITECTURES, tiny_target
 
 from eda.config import RopeConfig
 from eda.rotary import RotaryEmbedding, apply_rotary
 from eda.target import TargetModel, automatic_dtype, default_tap_layers
+from tests.support.passes import (
+    Row,
+    assert_equal_logits,
+    complete,
+    random_tokens,
+    reference,
+    reference_logits,
+    run,
+)
+from tests.support.tiny import ARCHITECTURES, tiny_target
 
 ROPES: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 500.0},

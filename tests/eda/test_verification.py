@@ -5,16 +5,6 @@ import random
 
 import pytest
 import torch
-from markov import (
-    Drafter,
-    chain_drafter,
-    chi_square_p_value,
-    decode,
-    exact_joint,
-    no_drafter,
-    random_table,
-    tree_drafter,
-)
 from torch import Tensor
 
 from eda.sampling import (
@@ -26,6 +16,16 @@ from eda.sampling import (
     propose_chain_tokens,
 )
 from eda.verification import Proposal, TokenLogprobs, Verdict, VerificationRow, verify
+from tests.support.markov import (
+    Drafter,
+    chain_drafter,
+    chi_square_p_value,
+    decode,
+    exact_joint,
+    no_drafter,
+    random_table,
+    tree_drafter,
+)
 
 GREEDY = SamplingParams(temperature=0.0)
 VOCAB_SIZE = 40

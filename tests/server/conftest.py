@@ -8,9 +8,9 @@ import pytest
 
 from server.logs import configure_logs
 from server.settings import Settings
-from tests.server.family import Family, save_family
-from tests.server.oracle import Oracle, OracleProposer
 from tests.server.serving import Parts, make_parts, serve
+from tests.support.family import Family, save_family
+from tests.support.oracle import Oracle, OracleProposer
 
 NUM_SLOTS = 4096
 

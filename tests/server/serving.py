@@ -19,7 +19,7 @@ from server.engine.scheduler import SchedulerLimits
 from server.engine.speculation import DraftCosts, SpeculationLevel, SpeculationPolicy, SpeculationTable
 from server.services import Runtime, Services
 from server.settings import Settings
-from tests.server.family import MAX_LENGTH, Family
+from tests.support.family import MAX_LENGTH, Family
 
 TABLE = SpeculationTable(
     (

@@ -18,7 +18,7 @@ from server.cli import app
 from server.commands.bench_serve import with_ratios
 from server.engine.speculation import DraftCosts, SpeculationLevel, SpeculationTable
 from server.load import ClientView, LoadResult, read_prompts
-from tests.server.oracle import Oracle
+from tests.support.oracle import Oracle
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "the quick brown fox"

@@ -10,8 +10,8 @@ import torch
 from eda.generation import GenerationRequest, generate
 from eda.sampling import SamplingParams
 from eda.speculative import Speculation, SpeculativeDecoder
-from tests.server.family import MAX_LENGTH, Family
-from tests.server.oracle import Oracle
+from tests.support.family import MAX_LENGTH, Family
+from tests.support.oracle import Oracle
 
 PROMPT = "the quick brown fox"
 DRAFTS = ("private", "shared", "none")

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from server.engine.detokenizer import REPLACEMENT
 from server.tokenizer import TextTokenizer
-from tests.server.family import tiny_tokenizer
+from tests.support.family import tiny_tokenizer
 
 FIRST_WORD = 257
 

@@ -23,7 +23,7 @@ from server.engine.sequence import Sequence as EngineSequence
 from server.engine.sequence import SequenceDelta, StepStats
 from server.engine.speculation import SpeculationLevel, SpeculationPolicy, SpeculationTable
 from server.engine.stopping import FinishReason, StopChecker, StopConditions
-from tests.server.fakes import FakeDecoder, continuation, decode_letters, make_sequence
+from tests.support.fakes import FakeDecoder, continuation, decode_letters, make_sequence
 
 TABLE = SpeculationTable((SpeculationLevel(2, "chain", 4), SpeculationLevel(4, "chain", 1)))
 

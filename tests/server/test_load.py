@@ -11,9 +11,9 @@ import httpx
 import psutil
 import pytest
 
-from tests.server.family import Family, random_private
-from tests.server.oracle import Oracle
 from tests.server.serving import Parts
+from tests.support.family import Family, random_private
+from tests.support.oracle import Oracle
 
 MODELS = ("base", "math", "code", "full")
 WORDS = [

@@ -11,7 +11,7 @@ from adapters.store import AdapterStore
 from eda.draft import DraftModel
 from eda.target import TargetModel, load_fine_tune
 from server.cli import app
-from tests.server.family import save_family
+from tests.support.family import save_family
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from narrow import load, narrow_lora, narrow_target, outputs_of
-from passes import Row, complete, random_tokens, run
 from torch import Tensor
 
 from eda.lora import LoraAdapter
 from eda.target import TargetModel, load_fine_tune
+from tests.support.narrow import load, narrow_lora, narrow_target, outputs_of
+from tests.support.passes import Row, complete, random_tokens, run
 
 pytestmark = pytest.mark.usefixtures("_needs_kernels")
 

@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from narrow import VOCAB_SIZE, NarrowFamily, make_narrow_family
-from passes import random_tokens
 
+from eda.generation import GenerationRequest, generate
 from eda.private import PrivateModule
 from eda.sampling import SamplingParams
-from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
+from eda.speculative import Speculation, SpeculativeDecoder
+from tests.support.narrow import VOCAB_SIZE, NarrowFamily, make_narrow_family
+from tests.support.passes import random_tokens
 
 pytestmark = pytest.mark.usefixtures("_needs_kernels")
 
@@ -55,37 +56,19 @@ def decode(
 ) -> tuple[list[list[int]], int]:
     """All cases in one changing batch: their texts, and how many draft tokens were right."""
     decoder = SpeculativeDecoder(family.base, family.draft, num_slots=2048, seed=seed)
-    assert decoder.proposer is not None
-    waiting, running = list(enumerate(cases)), []
-    found: list[list[int]] = [[] for _ in cases]
-    num_accepted = 0
-    while waiting or running:
-        while waiting and len(running) < batch_size:
-            place, (name, prompt) = waiting.pop(0)
-            speculation, module = choose(place)
-            state = SequenceState(
-                list(prompt),
-                len(prompt) + max_tokens,
-                family.fine_tunes[name],
-                sampling,
-                module,
-                speculation,
-            )
-            decoder.admit(state)
-            running.append((place, state))
-        rows = [
-            ScheduledRow(state, min(chunk, state.num_uncomputed) if state.is_prefilling else 1)
-            for _, state in running
-        ]
-        for (place, _), result in zip(running, decoder.step(rows), strict=True):
-            found[place] += result.token_ids
-            num_accepted += result.num_accepted
-        for place, state in list(running):
-            if len(found[place]) >= max_tokens:
-                decoder.release(state)
-                running.remove((place, state))
+    requests = []
+    for place, (name, prompt) in enumerate(cases):
+        speculation, module = choose(place)
+        fine_tune = family.fine_tunes[name]
+        requests.append(
+            GenerationRequest(prompt, max_tokens, frozenset(), sampling, speculation, module, fine_tune)
+        )
+    generations = generate(
+        decoder, family.fine_tunes["base"], requests, max_batch=batch_size, prefill_chunk=chunk
+    )
     assert decoder.cache.allocator.num_free == 2048
-    return [text[:max_tokens] for text in found], num_accepted
+    steps = [step for generation in generations for step in generation.steps]
+    return [generation.token_ids for generation in generations], sum(accepted for _, accepted in steps)
 
 
 @pytest.mark.parametrize("batch_size", [1, 6])

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from narrow import load, narrow_target
-from passes import complete, random_tokens
 
 from eda.kernels import library
 from eda.target import TargetModel
+from tests.support.narrow import load, narrow_target
+from tests.support.passes import complete, random_tokens
 
 
 @pytest.fixture(autouse=True)

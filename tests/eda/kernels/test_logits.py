@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from narrow import load, mean_error, narrow_target, outputs_of
-from passes import Row, complete, random_tokens, reference, reference_logits, run
 from safetensors.torch import load_file, save_file
 
 from eda.attention import AttentionRow, PackedBatch
 from eda.target import TargetModel
+from tests.support.narrow import load, mean_error, narrow_target, outputs_of
+from tests.support.passes import Row, complete, random_tokens, reference, reference_logits, run
 
 pytestmark = pytest.mark.usefixtures("_needs_kernels")
 

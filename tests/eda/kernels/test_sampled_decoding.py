@@ -8,8 +8,6 @@ from collections import Counter
 
 import pytest
 import torch
-from narrow import NarrowFamily, make_narrow_family
-from passes import Row, run
 from scipy.stats import chisquare
 
 from eda.generation import GenerationRequest, generate
@@ -17,6 +15,8 @@ from eda.kernel_proposals import KernelProposals
 from eda.processors import LogitsContext, process_logits
 from eda.sampling import SamplingParams
 from eda.speculative import Speculation, SpeculativeDecoder
+from tests.support.narrow import NarrowFamily, make_narrow_family
+from tests.support.passes import Row, run
 
 pytestmark = pytest.mark.usefixtures("_needs_kernels")
 

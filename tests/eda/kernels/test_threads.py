@@ -10,13 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from narrow import VOCAB_SIZE, NarrowFamily, load, make_narrow_family, narrow_target
-from passes import complete, random_tokens
 
 from eda.generation import GenerationRequest, generate
 from eda.kernels.parallel import kernel_threads_only, num_threads
 from eda.speculative import Speculation, SpeculativeDecoder
 from eda.target import TargetModel
+from tests.support.narrow import VOCAB_SIZE, NarrowFamily, load, make_narrow_family, narrow_target
+from tests.support.passes import complete, random_tokens
 
 pytestmark = pytest.mark.usefixtures("_needs_kernels", "_own_thread_number")
 

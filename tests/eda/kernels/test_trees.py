@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from narrow import VOCAB_SIZE, NarrowFamily, make_narrow_family
-from passes import random_tokens
 
 from eda.sampling import SamplingParams
 from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
 from eda.verification import Proposal
+from tests.support.narrow import VOCAB_SIZE, NarrowFamily, make_narrow_family
+from tests.support.passes import random_tokens
 
 pytestmark = pytest.mark.usefixtures("_needs_kernels")
 

@@ -4,7 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from markov import (
+from torch import Tensor
+
+from eda.kernels.verification import can_verify, verify_chains
+from eda.processors import LogitsContext, process_logits
+from eda.sampling import SamplingParams
+from eda.verification import Proposal, Verdict, VerificationRow, verify
+from tests.support.markov import (
     chain_drafter,
     chi_square_p_value,
     decode,
@@ -12,12 +18,6 @@ from markov import (
     no_drafter,
     random_table,
 )
-from torch import Tensor
-
-from eda.kernels.verification import can_verify, verify_chains
-from eda.processors import LogitsContext, process_logits
-from eda.sampling import SamplingParams
-from eda.verification import Proposal, Verdict, VerificationRow, verify
 
 pytestmark = pytest.mark.usefixtures("_needs_kernels")
 

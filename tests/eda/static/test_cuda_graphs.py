@@ -10,7 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from graph_decoding import (
+
+from eda.draft import DraftModel
+from eda.speculative import SequenceState, Speculation, SpeculativeDecoder
+from eda.static.replay import CudaGraphBackend, GraphCache
+from eda.target import FineTune, TargetModel, load_fine_tune
+from tests.support.graph_decoding import (
     CHAIN,
     PLAIN,
     TREE,
@@ -21,12 +26,7 @@ from graph_decoding import (
     random_private,
     recording,
 )
-from reference_family import Family
-
-from eda.draft import DraftModel
-from eda.speculative import SequenceState, Speculation, SpeculativeDecoder
-from eda.static.replay import CudaGraphBackend, GraphCache
-from eda.target import FineTune, TargetModel, load_fine_tune
+from tests.support.reference_family import Family
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -171,11 +171,11 @@ def test_no_step_waits_but_to_read_drafted_and_accepted_tokens(family: Family) -
     decoder = SpeculativeDecoder(there.base, there.draft, num_slots=256, graphs=graphs)
     waits: list[int] = []
 
-    def after_step(states: list[SequenceState]) -> None:
+    def wait(place: int, tokens: list[int]) -> None:
         torch.cuda.synchronize()
 
     cases = [Case("base", [5, 6, 7])]
-    decode(decoder, there, cases, 30, after_step=after_step)  # records everything
+    decode(decoder, there, cases, 30, on_tokens=wait)  # records everything
     import warnings
 
     from eda.speculative import ScheduledRow

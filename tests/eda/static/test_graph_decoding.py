@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from graph_decoding import (
+
+from eda.sampling import SamplingParams
+from eda.speculative import ScheduledRow, Speculation, SpeculativeDecoder
+from tests.support.graph_decoding import (
     CHAIN,
     PLAIN,
     TREE,
@@ -18,10 +21,7 @@ from graph_decoding import (
     recording,
     state_of,
 )
-from reference_family import Family
-
-from eda.sampling import SamplingParams
-from eda.speculative import ScheduledRow, Speculation, SpeculativeDecoder
+from tests.support.reference_family import Family
 
 MODELS = ("base", "math", "code", "medical")
 

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from graph_decoding import CHAIN, PLAIN, TREE, Case, random_cases, random_private, recording, state_of
-from reference_family import Family
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,6 +31,17 @@ from eda.static.draft_functions import (
 from eda.static.shapes import Inputs
 from eda.static.target_pass import target_function
 from eda.target import FineTune, TargetModel
+from tests.support.graph_decoding import (
+    CHAIN,
+    PLAIN,
+    TREE,
+    Case,
+    random_cases,
+    random_private,
+    recording,
+    state_of,
+)
+from tests.support.reference_family import Family
 
 _aten = torch.ops.aten
 READS_VALUES = {

@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from graph_decoding import (
+from torch import Tensor
+
+from eda.speculative import SpeculativeDecoder
+from eda.static.replay import MAX_FAILURES, GraphCache, Replay, RerunBackend, _check_same
+from eda.target import load_fine_tune
+from tests.support.graph_decoding import (
     CHAIN,
     PLAIN,
     TREE,
@@ -19,12 +24,7 @@ from graph_decoding import (
     random_private,
     recording,
 )
-from reference_family import Family
-from torch import Tensor
-
-from eda.speculative import SpeculativeDecoder
-from eda.static.replay import MAX_FAILURES, GraphCache, Replay, RerunBackend, _check_same
-from eda.target import load_fine_tune
+from tests.support.reference_family import Family
 
 
 class Owner:

@@ -6,10 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from graph_decoding import CHAIN, Case, random_private, recording, state_of
-from passes import Row, assert_equal_logits, random_tokens, reference, reference_logits, run
-from reference_family import Family
-from tiny import ARCHITECTURES, tiny_lora, tiny_target
 from torch import Tensor
 
 from eda.attention import AttentionRow, PackedBatch
@@ -19,6 +15,10 @@ from eda.speculative import ScheduledRow, SpeculativeDecoder
 from eda.static.shapes import MAX_KEYS, MAX_TOKENS, SMALLEST_KEYS, Inputs, num_keys, round_up
 from eda.static.target_pass import TargetPasses, TargetRow
 from eda.target import TargetModel
+from tests.support.graph_decoding import CHAIN, Case, random_private, recording, state_of
+from tests.support.passes import Row, assert_equal_logits, random_tokens, reference, reference_logits, run
+from tests.support.reference_family import Family
+from tests.support.tiny import ARCHITECTURES, tiny_lora, tiny_target
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "llama": {

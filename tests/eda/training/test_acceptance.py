@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from toys import VOCABULARY, dataset_of, new_draft, random_target, spread
 
 from eda.generation import GenerationRequest, generate
 from eda.private import PrivateModule
@@ -13,6 +12,7 @@ from eda.training.acceptance import simulate_acceptance, walk_rounds
 from eda.training.samples import Sample
 from eda.training.trainees import shared_trainee
 from eda.training.trainer import TrainingConfig, train
+from tests.support.toys import VOCABULARY, dataset_of, new_draft, random_target, spread
 
 
 @pytest.mark.parametrize("with_private", [False, True])

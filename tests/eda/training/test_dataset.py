@@ -1,11 +1,11 @@
 """Target states, batches and their masks."""
 
 import torch
-from toys import dataset_of, random_samples, random_target, whole_logits
 
 from eda.target import FineTune
 from eda.training.samples import Sample
 from eda.training.target_states import StateCache, compute_states
+from tests.support.toys import dataset_of, random_samples, random_target, whole_logits
 
 
 def test_states_are_those_of_the_whole_sequence() -> None:

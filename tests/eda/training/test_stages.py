@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys import byte_chat, new_draft, random_target, weights_of
 
 from eda.draft import DraftModel
 from eda.private import PrivateModule
@@ -22,6 +21,7 @@ from eda.training.shared_draft import SharedDraftConfig, text_samples, train_sha
 from eda.training.trainer import TrainingConfig
 from eda.training.triage import triage
 from eda.training.vocabulary import choose_draft_vocabulary
+from tests.support.toys import byte_chat, new_draft, random_target, weights_of
 
 PROMPTS = prompts_from_strings([f"tell {number}" for number in range(14)])
 ANSWERS = RegenerationConfig(max_tokens=12, max_prompt_tokens=60, sampled_share=0.0, batch_size=4)

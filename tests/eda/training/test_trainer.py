@@ -5,16 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys import (
-    cyclic_samples,
-    cyclic_target,
-    dataset_of,
-    new_draft,
-    random_samples,
-    random_target,
-    spread,
-    weights_of,
-)
 
 from eda.errors import DataError, MismatchError, TrainingError
 from eda.private import PrivateModule
@@ -32,6 +22,16 @@ from eda.training.trainees import (
 )
 from eda.training.trainer import TrainingConfig, batch_loss, default_learning_rate, learning_rate, train
 from eda.training.unroll import unroll
+from tests.support.toys import (
+    cyclic_samples,
+    cyclic_target,
+    dataset_of,
+    new_draft,
+    random_samples,
+    random_target,
+    spread,
+    weights_of,
+)
 
 CONFIG = TrainingConfig(
     num_steps=12, batch_size=8, unroll_steps=3, learning_rate=5e-3, evaluate_every=4, patience=None

@@ -121,6 +121,6 @@ def weights_of(draft: DraftModel) -> dict[str, Tensor]:
 
 def byte_chat(directory: Path) -> ChatFormat:
     """A byte-level tokenizer: ids 0 to 255 are bytes, 256 begins and 257 ends a text."""
-    from tiny import tiny_tokenizer
+    from tests.support.tiny import tiny_tokenizer
 
     return ChatFormat.load(tiny_tokenizer(directory), eos_ids=(257,))

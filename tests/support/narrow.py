@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import randomise, tiny_lora, tiny_target
 from torch import Tensor
 
 from eda.draft import DraftConfig, DraftModel
 from eda.private import PrivateConfig, PrivateModule
 from eda.target import FineTune, TargetModel, TargetOutput, load_fine_tune
+from tests.support.tiny import randomise, tiny_lora, tiny_target
 
 
 def narrow_target(directory: Path, architecture: str = "llama", **overrides: Any) -> Path:

@@ -10,7 +10,7 @@ from eda.generation import GenerationRequest, generate
 from eda.proposal import Proposal
 from eda.proposer import Proposer
 from eda.speculative import SequenceState, Speculation, SpeculativeDecoder
-from tests.server.family import Family
+from tests.support.family import Family
 
 
 class Oracle:

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from reference import reference_logits
 from scipy import stats
 from torch import Tensor
 
 from eda.sampling import SamplingParams, TokenHistory
 from eda.verification import Proposal, VerificationRow, verify
+from tests.support.sampling_reference import reference_logits
 
 Drafter = Callable[[list[int], torch.Generator], list[Proposal | None]]
 """From the last token of each sequence to its proposal."""
