@@ -45,7 +45,7 @@ from eda.private import PrivateModule
 from eda.speculative import Speculation, SpeculativeDecoder
 from eda.static.choice import GraphChoice
 from eda.static.replay import Backend, CudaGraphBackend, GraphCache, RerunBackend
-from eda.target import FineTune, TargetModel
+from eda.target import FineTune, TargetModel, default_tap_layers
 from server.engine.speculation import SpeculationTable
 from server.models import model_paths
 from server.settings import ConfigurationError, load_settings
@@ -88,7 +88,7 @@ def untrained_draft(target: TargetModel) -> DraftModel:
     """A draft of the target's shape; its proposals are worthless and cost what good ones cost."""
     config = target.config
     size = min(DRAFT_VOCABULARY, config.vocab_size // 2)
-    taps = target.tap_layers
+    taps = default_tap_layers(config.num_layers)
     draft_config = DraftConfig(
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,

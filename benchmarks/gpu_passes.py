@@ -14,7 +14,7 @@ from eda.kv_cache import KVCache
 from eda.static.replay import Backend, GraphCache, Replay
 from eda.static.shapes import MAX_TOKENS
 from eda.static.target_pass import TargetPasses, TargetRow
-from eda.target import TargetModel
+from eda.target import TargetModel, default_tap_layers
 from eda.transfers import upload
 
 
@@ -150,6 +150,7 @@ def time_pass(
     """
     device, length = model.device, context + tokens
     cache = model.new_cache(batch * length + MAX_TOKENS)
+    taps = default_tap_layers(model.config.num_layers)
     ids = [index % model.config.vocab_size for index in range(tokens)]
     positions = list(range(context, length))
     rope_lengths = [position + 1 for position in positions]
@@ -161,14 +162,14 @@ def time_pass(
     packed = PackedBatch(placed[0], placed[1], batch_rows, placed[2])
 
     def run() -> Tensor:
-        return model.logits(model(packed_ids, packed, cache).hidden)
+        return model.logits(model(packed_ids, packed, cache, taps=taps).hidden)
 
     seconds = seconds_of(run, device, repeats)
     replayed, reason = None, None
     if backend is not None:
         reasons = _Reasons(backend)
         recordings = GraphCache(reasons, capture_after=1)
-        passes = TargetPasses(cache, cache.withhold(MAX_TOKENS), recordings, with_features=True)
+        passes = TargetPasses(cache, cache.withhold(MAX_TOKENS), recordings, taps=taps)
         passes.prepare(model, None, batch, tokens, length)
         reason = reasons.reason
         if reason is None:

@@ -91,15 +91,14 @@ class SpeculativeDecoder:
         else:
             self._generator.manual_seed(seed)
         self.proposer: Proposer | None = None
+        self._taps = None if draft is None else draft.config.tap_layers
         if draft is not None:
             check_draft_fits(draft, target)
             self.proposer = Proposer(draft, num_slots, self._generator, self.graphs)
         self.target_passes: TargetPasses | None = None
         if self.graphs is not None:
             scratch = self.cache.withhold(spare)
-            self.target_passes = TargetPasses(
-                self.cache, scratch, self.graphs, with_features=draft is not None
-            )
+            self.target_passes = TargetPasses(self.cache, scratch, self.graphs, taps=self._taps)
 
     @staticmethod
     def bytes_per_slot(target: TargetModel, draft: DraftModel | None) -> int:
@@ -130,8 +129,6 @@ class SpeculativeDecoder:
         if self.graphs is None or self.target_passes is None:
             return 0
         fine_tune = FineTune("base", self.target)
-        if self.proposer is not None:
-            self.target.tap_layers = self.proposer.draft.config.tap_layers
         for keys in num_keys:
             for num_rows, speculation in shapes:
                 self.target_passes.prepare(self.target, None, num_rows, 1, keys)
@@ -160,8 +157,6 @@ class SpeculativeDecoder:
         """Reserves cache slots for the sequence's whole life. Raises ``CacheFullError``."""
         state.extent = self.cache.allocator.allocate(self._capacity(state))
         state.drafts = self._can_draft(state)
-        if self.proposer is not None:
-            state.fine_tune.model.tap_layers = self.proposer.draft.config.tap_layers
         if state.sampling.needs_history:
             state.history = TokenHistory(state.token_ids, self.target.config.vocab_size, self._device)
 
@@ -315,7 +310,7 @@ class SpeculativeDecoder:
             batch,
             self.cache,
             lora_segments(group),
-            with_features=any(row.state.drafts for row in group),
+            taps=self._taps if any(row.state.drafts for row in group) else None,
             wanted=wanted,
             only_best=only_best,
         )

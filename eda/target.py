@@ -48,6 +48,10 @@ _SHARED_SIZES = (
 )
 
 
+TapLayers = tuple[int, int, int]
+"""The layers whose outputs are a draft's features: low, middle, high."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class TargetOutput:
     """What a pass over ``T`` tokens gives."""
@@ -82,7 +86,6 @@ class TargetModel(nn.Module):
         self.rotary = RotaryEmbedding(config.rope, config.head_dim)
         self._packed_head: Tensor | None = None
         self._kernel: TargetKernel | None = None
-        self._tap_layers = default_tap_layers(config.num_layers)
         self.requires_grad_(False)
 
     @classmethod
@@ -155,19 +158,6 @@ class TargetModel(nn.Module):
         return places
 
     @property
-    def tap_layers(self) -> tuple[int, int, int]:
-        """The layers, counted from 0, whose outputs are the draft's features."""
-        return self._tap_layers
-
-    @tap_layers.setter
-    def tap_layers(self, layers: tuple[int, int, int]) -> None:
-        if len(layers) != 3 or not all(0 <= layer < self.config.num_layers for layer in layers):
-            raise ValueError(
-                f"tap_layers is {layers}; three layers between 0 and {self.config.num_layers - 1} are needed"
-            )
-        self._tap_layers = layers
-
-    @property
     def has_kernel(self) -> bool:
         """Whether passes run in C++ (see ``eda/kernels``)."""
         return self._kernel is not None
@@ -210,7 +200,7 @@ class TargetModel(nn.Module):
         cache: KVCache,
         lora_segments: Sequence[LoraSegment] = (),
         *,
-        with_features: bool = True,
+        taps: TapLayers | None = None,
         wanted: Sequence[int] = (),
         only_best: bool = False,
     ) -> TargetOutput:
@@ -219,14 +209,20 @@ class TargetModel(nn.Module):
         Shared weights run once for all tokens; a LoRA segment adds its low-rank products to its own tokens.
 
         Args:
+            taps: the layers, counted from 0, whose outputs are the draft's features; ``None`` gives no features.
             wanted: tokens whose logits are wanted from the same call; ``logits`` computes others.
             only_best: the likeliest of the wanted tokens' successors are enough.
+
+        Raises ``ValueError`` for ``taps`` that the model does not have.
         """
+        if taps is not None and (len(taps) != 3 or min(taps) < 0 or max(taps) >= self.config.num_layers):
+            raise ValueError(
+                f"taps is {taps}; three layers between 0 and {self.config.num_layers - 1} are needed"
+            )
         hidden = self.embed(token_ids, lora_segments)
         longest = max(row.kv_len for row in batch.rows)
         if self._kernel is not None:
             cos, sin = self.rotary(batch.positions, batch.rope_lengths, torch.float32)
-            taps = self._tap_layers if with_features else None
             # A LoRA on the output layer is added in Python, after the pass.
             inside = () if any(segment.adapter.changes_head for segment in lora_segments) else wanted
             done = self._kernel.run(
@@ -243,9 +239,9 @@ class TargetModel(nn.Module):
         features: dict[int, Tensor] = {}
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, cos, sin, cache, index, batch, masks[windows[index]], lora_segments)
-            if with_features and index in self._tap_layers:
+            if taps is not None and index in taps:
                 features[index] = hidden
-        fused = torch.cat([features[index] for index in self._tap_layers], dim=-1) if with_features else None
+        fused = None if taps is None else torch.cat([features[index] for index in taps], dim=-1)
         return self._with_logits(TargetOutput(self.norm(hidden), fused), lora_segments, wanted)
 
     def _with_logits(
@@ -360,9 +356,7 @@ def load_fine_tune(path_or_hub_id: str | Path, base: TargetModel, name: str) -> 
     ]
     if differing:
         raise MismatchError(f"{path} is no fine-tune of this base: {', '.join(differing)}")
-    model = TargetModel.load(path, dtype=base.dtype, device=base.device)
-    model.tap_layers = base.tap_layers
-    return FineTune(name, model)
+    return FineTune(name, TargetModel.load(path, dtype=base.dtype, device=base.device))
 
 
 def _check_vocabulary(path: Path, base: TargetModel) -> None:
@@ -400,7 +394,7 @@ def automatic_dtype(device: torch.device | str) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def default_tap_layers(num_layers: int) -> tuple[int, int, int]:
+def default_tap_layers(num_layers: int) -> TapLayers:
     """Low, middle and high: ``(2, L // 2, L - 3)``, moved apart where a small model would repeat a layer."""
     high = min(num_layers - 1, max(num_layers - 3, 2))
     low = min(2, max(high - 2, 0))

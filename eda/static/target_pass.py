@@ -12,7 +12,7 @@ from eda.kv_cache import KVCache
 from eda.lora import LoraAdapter, LoraSegment
 from eda.static.replay import GraphCache, GraphKey, Recordable
 from eda.static.shapes import MAX_TOKENS, QUERIES, ROWS, Inputs, num_keys, round_up
-from eda.target import TargetModel, TargetOutput
+from eda.target import TapLayers, TargetModel, TargetOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +46,14 @@ class TargetPasses:
     Args:
         cache: the target's.
         scratch: the first of ``MAX_TOKENS`` cache slots that belong to no sequence.
-        with_features: whether anybody reads the tapped layers.
+        taps: the layers whose outputs the draft reads; ``None`` where nobody reads any.
     """
 
-    def __init__(self, cache: KVCache, scratch: int, graphs: GraphCache, *, with_features: bool) -> None:
+    def __init__(self, cache: KVCache, scratch: int, graphs: GraphCache, *, taps: TapLayers | None) -> None:
         self._cache = cache
         self._scratch = scratch
         self._graphs = graphs
-        self._with_features = with_features
+        self._taps = taps
         self._buffers: dict[tuple[int, int], _Buffers] = {}
         # Of all shapes: only one pass runs at a time, and what it gives is copied.
         self._outputs: tuple[Tensor, Tensor] | None = None
@@ -92,7 +92,7 @@ class TargetPasses:
 
         chosen = buffers.inputs["lines"].narrow(0, 0, lines)
         of_all = buffers.inputs["kept"].narrow(0, 0, kept)
-        features = buffers.features.index_select(0, of_all) if self._with_features else None
+        features = buffers.features.index_select(0, of_all) if self._taps is not None else None
         logits = buffers.logits.index_select(0, chosen)
         return TargetOutput(logits.new_empty(0, model.config.hidden_size), features, logits)
 
@@ -113,14 +113,14 @@ class TargetPasses:
     def _key(
         self, model: TargetModel, lora: LoraAdapter | None, count: int, width: int, keys: int
     ) -> GraphKey:
-        return self._graphs.key("target pass", (count, width, keys, model.tap_layers), (model, lora))
+        return self._graphs.key("target pass", (count, width, keys, self._taps), (model, lora))
 
     def _maker(
         self, model: TargetModel, lora: LoraAdapter | None, buffers: _Buffers, keys: int
     ) -> Callable[[], Recordable]:
         def make() -> Recordable:
             function = target_function(
-                model, lora, self._cache, buffers.inputs, buffers.logits, buffers.features, keys
+                model, lora, self._cache, buffers.inputs, buffers.logits, buffers.features, keys, self._taps
             )
             return function, (buffers.logits, buffers.features)
 
@@ -147,7 +147,7 @@ class TargetPasses:
                 device,
             )
             if self._outputs is None:
-                num_features = 3 * config.hidden_size if self._with_features else 0
+                num_features = 3 * config.hidden_size if self._taps is not None else 0
                 self._outputs = (
                     torch.zeros(MAX_TOKENS, config.vocab_size, dtype=torch.float32, device=device),
                     torch.zeros(MAX_TOKENS, num_features, dtype=model.dtype, device=device),
@@ -220,6 +220,7 @@ def target_function(
     logits: Tensor,
     features: Tensor,
     keys: int,
+    taps: TapLayers | None,
 ) -> Callable[[], None]:
     """A target pass over ``inputs`` that leaves its results in ``logits`` and ``features``.
 
@@ -246,9 +247,7 @@ def target_function(
             dtype=target.dtype,
             rope_lengths=inputs["rope_lengths"],
         )
-        output = target(
-            inputs["tokens"], batch, cache, segments, with_features=features.shape[1] > 0, wanted=()
-        )
+        output = target(inputs["tokens"], batch, cache, segments, taps=taps)
         logits.copy_(target.logits(output.hidden, segments))
         if output.features is not None:
             features.copy_(output.features)

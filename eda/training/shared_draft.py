@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from eda.draft import CONFIG_FILE, WEIGHTS_FILE, DraftConfig, DraftModel
 from eda.errors import TrainingError
 from eda.speculative import SpeculativeDecoder
-from eda.target import FineTune, TargetModel
+from eda.target import FineTune, TargetModel, default_tap_layers
 from eda.training.dataset import Dataset
 from eda.training.files import hash_of_json, provenance
 from eda.training.progress import OnProgress, ShouldStop, ignore_progress, never_stop
@@ -59,7 +59,7 @@ def draft_config_for(
         num_heads=sizes.num_heads,
         num_kv_heads=sizes.num_kv_heads,
         head_dim=sizes.head_dim,
-        tap_layers=target.tap_layers,
+        tap_layers=default_tap_layers(sizes.num_layers),
         vocab_size=sizes.vocab_size,
         draft_vocab_size=draft_vocab_size or min(32_000, (sizes.vocab_size + 1) // 2),
         max_position_embeddings=sizes.max_position_embeddings,

@@ -200,13 +200,12 @@ def test_rolling_back_forgets_the_rejected_tokens(windowed: TargetModel) -> None
 def test_features_are_the_hidden_states_after_the_tapped_layers(tmp_path: Path) -> None:
     path = tiny_target(tmp_path)
     model = TargetModel.load(path, dtype=torch.float32)
-    model.tap_layers = (2, 0, 1)
     tokens = random_tokens(9, seed=10)
     cache = model.new_cache(9)
     batch_row = Row(cache.allocator.allocate(9), tokens)
     captured = []
     handle = model.register_forward_hook(lambda module, given, output: captured.append(output.features))
-    run(model, cache, [batch_row])
+    run(model, cache, [batch_row], taps=(2, 0, 1))
     handle.remove()
     with torch.inference_mode():
         states = reference(path)(torch.tensor([tokens]), output_hidden_states=True).hidden_states
@@ -216,7 +215,7 @@ def test_features_are_the_hidden_states_after_the_tapped_layers(tmp_path: Path) 
 
 def test_tap_layers_outside_the_model_are_refused(windowed: TargetModel) -> None:
     with pytest.raises(ValueError, match="three layers between 0 and 3"):
-        windowed.tap_layers = (0, 2, 4)
+        complete(windowed, [1, 2], taps=(0, 2, 4))
 
 
 def test_default_tap_layers_exist_in_order_and_differ() -> None:

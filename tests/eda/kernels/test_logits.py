@@ -93,9 +93,10 @@ def test_logits_and_features_are_nearer_to_float32_than_torchs(tmp_path: Path, n
     expected_features = [torch.cat([state[3][0], state[1][0], state[2][0]], dim=-1) for state in states]
     errors, feature_errors = {}, {}
     for kind, model in models.items():
-        model.tap_layers = (2, 0, 1)
         with outputs_of(model) as outputs:
-            errors[kind] = mean_error([complete(model, tokens) for tokens in sequences], expected)
+            errors[kind] = mean_error(
+                [complete(model, tokens, taps=(2, 0, 1)) for tokens in sequences], expected
+            )
         features = [output.features for output in outputs if output.features is not None]
         feature_errors[kind] = mean_error(features, expected_features)
     assert errors["kernel"] <= errors["torch"] < 0.1
@@ -108,7 +109,7 @@ def wanted_of(model: TargetModel, tokens: list[int], wanted: list[int], **how: b
         torch.arange(len(tokens)), torch.arange(len(tokens)), [AttentionRow(0, len(tokens), 0, len(tokens))]
     )
     with torch.inference_mode():
-        return model(torch.tensor(tokens), batch, cache, with_features=False, wanted=wanted, **how)
+        return model(torch.tensor(tokens), batch, cache, wanted=wanted, **how)
 
 
 def test_wanted_logits_and_likeliest_tokens(tmp_path: Path) -> None:

@@ -125,7 +125,6 @@ def on_meta() -> tuple[TargetModel, DraftModel]:
     draft = DraftModel(draft_config, torch.arange(60)).to("meta").requires_grad_(False)
     with torch.device("meta"):
         target = TargetModel(config)
-    target.tap_layers = (0, 1, 3)
     return target, draft
 
 
@@ -178,7 +177,9 @@ def meta_functions() -> dict[str, Callable[[], None]]:
         }
         shapes |= dict.fromkeys(("starts", "contexts", "lengths"), (2,))
         logits, features = empty(6, 96, device=META), empty(6, 96, device=META)
-        functions[name] = target_function(target, adapter, cache, meta_inputs(shapes), logits, features, 256)
+        functions[name] = target_function(
+            target, adapter, cache, meta_inputs(shapes), logits, features, 256, (0, 1, 3)
+        )
     for name, adapter, module in (("", None, None), (" with a LoRA and a private module", lora, private)):
         fine_tune = FineTune("x", target, adapter)
         owners = DraftOwners.of(fine_tune, module)

@@ -33,13 +33,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
+TAPS = (1, 2, 3)
+
+
 def passes_of(model: TargetModel, num_slots: int) -> tuple[KVCache, TargetPasses]:
     cache = model.new_cache(num_slots + MAX_TOKENS)
     scratch = cache.withhold(MAX_TOKENS)
     assert scratch == cache.num_slots == num_slots
     cache.keys.normal_()  # what other sequences have left behind
     cache.values.normal_()
-    return cache, TargetPasses(cache, scratch, recording(), with_features=True)
+    return cache, TargetPasses(cache, scratch, recording(), taps=TAPS)
 
 
 def static_row(row: Row, first_wanted: int = 0) -> TargetRow:
@@ -138,7 +141,7 @@ def test_trees_and_features_equal_the_packed_pass(tmp_path: Path, with_lora: boo
     packed = PackedBatch(places, places, [AttentionRow(0, size, 0, size)])
     segments = [] if lora is None else [LoraSegment(lora, 0, size)]
     with torch.inference_mode():
-        whole = model(tokens, packed, model.new_cache(size), segments).features
+        whole = model(tokens, packed, model.new_cache(size), segments, taps=TAPS).features
     assert whole is not None
     assert_equal_logits(features[2], whole[11:], 1e-5)
 
