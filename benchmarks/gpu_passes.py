@@ -8,12 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eda.answers import Need
 from eda.attention import AttentionRow, PackedBatch
+from eda.backends.base import PassPlan
+from eda.backends.eager.target import EagerTarget
 from eda.config import ModelConfig, RopeConfig
 from eda.kv_cache import KVCache
+from eda.packing import PassRow
 from eda.static.replay import Backend, GraphCache, Replay
 from eda.static.shapes import MAX_TOKENS
-from eda.static.target_pass import TargetPasses, TargetRow
+from eda.static.target_pass import RecordedTarget
 from eda.target import TargetModel, default_tap_layers
 from eda.transfers import upload
 
@@ -154,7 +158,7 @@ def time_pass(
     ids = [index % model.config.vocab_size for index in range(tokens)]
     positions = list(range(context, length))
     rope_lengths = [position + 1 for position in positions]
-    rows = [TargetRow(ids, positions, rope_lengths, row * length, context, None, 0) for row in range(batch)]
+    rows = [PassRow(ids, positions, rope_lengths, row * length, context, None, 0) for row in range(batch)]
     packed_ids = upload(ids * batch, device)
     batch_rows = [AttentionRow(row * tokens, tokens, row * length, length) for row in range(batch)]
     slots = [row * length + position for row in range(batch) for position in positions]
@@ -169,11 +173,13 @@ def time_pass(
     if backend is not None:
         reasons = _Reasons(backend)
         recordings = GraphCache(reasons, capture_after=1)
-        passes = TargetPasses(cache, cache.withhold(MAX_TOKENS), recordings, taps=taps)
+        passes = RecordedTarget(EagerTarget(cache), cache, cache.withhold(MAX_TOKENS), recordings, taps=taps)
         passes.prepare(model, None, batch, tokens, length)
         reason = reasons.reason
         if reason is None:
-            replayed = seconds_of(lambda: passes.run(model, None, rows), device, repeats)
+            replayed = seconds_of(
+                lambda: passes.replay(model, rows, PassPlan(Need.LOGITS, taps)), device, repeats
+            )
     limit = bytes_read(model, batch, context) / bandwidth
     return PassTiming(batch, tokens, context, seconds, replayed, limit), reason
 

@@ -147,7 +147,7 @@ def main() -> None:
         decoder = SpeculativeDecoder(target, draft, num_slots=2048, seed=0)
         watch = Stopwatch()
         watch.wrap(decoder, "_propose", "draft (extension and chain)")
-        watch.wrap(decoder, "_verify_pass", "target (pass and head)")
+        watch.wrap(decoder, "_run_target", "target (pass and head)")
         watch.wrap(decoder, "_accept", "verification and bookkeeping")
         state = SequenceState(
             list(prompt),

@@ -20,6 +20,7 @@ from eda.kernel_proposals import TREES_COVER, KernelProposals
 from eda.kernels.draft import supports
 from eda.lora import LoraAdapter
 from eda.private import PrivateSegment
+from eda.proposal import Proposal
 from eda.sampling import LogitsContext, draft_scores, propose_chain_tokens
 from eda.state import SequenceState
 from eda.static.draft_passes import DraftPasses
@@ -28,7 +29,6 @@ from eda.static.shapes import MAX_TOKENS
 from eda.target import FineTune, TargetModel
 from eda.transfers import read, upload
 from eda.tree import GrowingTree, best_nodes, grow_tree, rank_nodes
-from eda.verification import Proposal
 
 
 class Proposer:

@@ -10,23 +10,27 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from eda.answers import Need
+from eda.backends.base import PassPlan, TargetRunner, Verifier
+from eda.backends.eager.target import EagerTarget
+from eda.backends.eager.verifier import RulesVerifier
 from eda.draft import DraftModel
 from eda.errors import MismatchError
 from eda.kernels.parallel import kernel_threads_only
+from eda.kernels.verification import CpuVerifier
 from eda.kv_cache import KVCache
-from eda.packing import StepRow, lora_segments, pack, place_rows
+from eda.packing import StepRow
 from eda.proposer import Proposer, in_draft_order
 from eda.sampling import TokenHistory
 from eda.sampling_params import SamplingDemand
 from eda.state import SequenceState, Speculation
 from eda.static.choice import GraphChoice, graph_cache
 from eda.static.shapes import MAX_TOKENS, WARM_UP_KEYS
-from eda.static.target_pass import TargetPasses
-from eda.target import FineTune, TargetModel, TargetOutput
+from eda.static.target_pass import RecordedTarget
+from eda.target import FineTune, TargetModel
 from eda.transfers import upload
-from eda.verification import TokenLogprobs, VerificationRow, verify
+from eda.verification import AnswerLines, TokenLogprobs, VerificationRow
 
 __all__ = ["ScheduledRow", "SequenceState", "Speculation", "SpeculativeDecoder", "StepResult"]
 
@@ -83,7 +87,6 @@ class SpeculativeDecoder:
         self.graphs = graph_cache(graphs, target)
         spare = 0 if self.graphs is None else MAX_TOKENS
         self.cache: KVCache = target.new_cache(num_slots + spare)
-        self.block_verification = block_verification
         self._device = target.device
         self._generator = torch.Generator(self._device)
         if seed is None:
@@ -95,10 +98,17 @@ class SpeculativeDecoder:
         if draft is not None:
             check_draft_fits(draft, target)
             self.proposer = Proposer(draft, num_slots, self._generator, self.graphs)
-        self.target_passes: TargetPasses | None = None
+        self._target: TargetRunner = EagerTarget(self.cache)
+        self.target_passes: RecordedTarget | None = None
         if self.graphs is not None:
             scratch = self.cache.withhold(spare)
-            self.target_passes = TargetPasses(self.cache, scratch, self.graphs, taps=self._taps)
+            self.target_passes = RecordedTarget(
+                self._target, self.cache, scratch, self.graphs, taps=self._taps
+            )
+            self._target = self.target_passes
+        self._verifier: Verifier = RulesVerifier(self._generator, block=block_verification)
+        if target.has_kernel and not block_verification:
+            self._verifier = CpuVerifier(self._verifier, self._generator)
 
     @staticmethod
     def bytes_per_slot(target: TargetModel, draft: DraftModel | None) -> int:
@@ -186,7 +196,7 @@ class SpeculativeDecoder:
                 )
         with kernel_threads_only() if self.target.has_kernel else nullcontext():
             self._propose(rows)
-            return self._accept(rows, *self._verify_pass(rows))
+            return self._accept(rows, self._run_target(rows))
 
     # propose
 
@@ -254,83 +264,39 @@ class SpeculativeDecoder:
             )
         return max(0, length)
 
-    # verify
+    # run the target
 
-    def _verify_pass(self, rows: list[StepRow]) -> tuple[Tensor | None, list[int] | None]:
-        """One target pass per set of full weights, for all nodes of all emitting rows, in row order.
-
-        Returns their logits; or only the likeliest tokens, where no row needs more and the target can tell them.
-        """
-        # Rows of one LoRA stand together, so that each adapter is one segment of the pack.
+    def _run_target(self, rows: list[StepRow]) -> dict[int, AnswerLines]:
+        """One target pass per set of full weights; answers by the index of each emitting row."""
         by_model: dict[int, list[StepRow]] = {}
         for row in rows:
             by_model.setdefault(id(row.state.fine_tune.model), []).append(row)
-        only_best = all(_needs_only_best(row.state) for row in rows if row.emits)
-        parts: dict[int, Tensor] = {}
-        best: dict[int, list[int]] = {}
+        answers: dict[int, AnswerLines] = {}
         for group in by_model.values():
+            # Rows of one LoRA stand together, so that each adapter is one segment of the pack.
             group.sort(key=lambda row: id(row.state.fine_tune.lora))
-            self._target_pass(group, parts, best, only_best=only_best)
-        emitting = [row.index for row in rows if row.emits]
-        if not emitting:
-            return torch.empty(0, self.target.config.vocab_size, device=self._device), None
-        if only_best:
-            return None, [token for index in emitting for token in best[index]]
-        ordered = [parts[index] for index in emitting]
-        return ordered[0] if len(ordered) == 1 else torch.cat(ordered), None
+            model = group[0].state.fine_tune.model
+            output = self._target.run(model, [row.for_target() for row in group], self._plan(group))
+            token = line = 0
+            for row in group:
+                if row.state.drafts and output.features is not None:
+                    row.state.keep_features(output.features[token : token + row.num_queries])
+                token += row.num_queries
+                if row.emits and output.answer is not None:
+                    answers[row.index] = AnswerLines(output.answer, line)
+                    line += row.num_queries - row.num_tokens + 1
+        return answers
 
-    def _target_pass(
-        self, group: list[StepRow], parts: dict[int, Tensor], best: dict[int, list[int]], *, only_best: bool
-    ) -> None:
-        place_rows(group)
-        output = self._replayed_pass(group) or self._eager_pass(group, only_best=only_best)
-        offset = 0
-        for row in group:
-            if row.emits:
-                lines = slice(offset, offset + row.num_queries - row.num_tokens + 1)
-                offset = lines.stop
-                if output.logits is not None:
-                    parts[row.index] = output.logits[lines]
-                if output.best is not None:
-                    best[row.index] = output.best[lines]
-            if row.state.drafts and output.features is not None:
-                row.state.keep_features(output.features[row.start : row.start + row.num_queries])
-
-    def _eager_pass(self, group: list[StepRow], *, only_best: bool) -> TargetOutput:
-        model = group[0].state.fine_tune.model
-        tokens, batch = pack(group, self._device)
-        wanted = [
-            index
-            for row in group
-            if row.emits
-            for index in range(row.start + row.num_tokens - 1, row.start + row.num_queries)
-        ]
-        output: TargetOutput = model(
-            tokens,
-            batch,
-            self.cache,
-            lora_segments(group),
-            taps=self._taps if any(row.state.drafts for row in group) else None,
-            wanted=wanted,
-            only_best=only_best,
-        )
-        return output
-
-    def _replayed_pass(self, group: list[StepRow]) -> TargetOutput | None:
-        """The same from a recording, where there is one for rows like these."""
-        fine_tune = group[0].state.fine_tune
-        if self.target_passes is None or any(row.state.fine_tune.lora is not fine_tune.lora for row in group):
-            return None
-        if not self.target_passes.takes(len(group), max(row.num_queries for row in group)):
-            return None
-        return self.target_passes.run(fine_tune.model, fine_tune.lora, [row.targets() for row in group])
+    def _plan(self, group: Sequence[StepRow]) -> PassPlan:
+        plain = all(row.state.sampling.demand == SamplingDemand.NOTHING for row in group if row.emits)
+        reads = any(row.state.drafts for row in group)
+        return PassPlan(Need.LIKELIEST if plain else Need.LOGITS, self._taps if reads else None)
 
     # accept
 
-    def _accept(self, rows: list[StepRow], logits: Tensor | None, best: list[int] | None) -> list[StepResult]:
+    def _accept(self, rows: list[StepRow], answers: dict[int, AnswerLines]) -> list[StepResult]:
         emitting = [row for row in rows if row.emits]
-        verdicts = verify(
-            logits,
+        verdicts = self._verifier.verify(
             [
                 VerificationRow(
                     row.state.sampling,
@@ -341,10 +307,7 @@ class SpeculativeDecoder:
                 )
                 for row in emitting
             ],
-            self._generator,
-            block=self.block_verification,
-            best=best,
-            in_kernel=self.target.has_kernel,
+            [answers[row.index] for row in emitting],
         )
         results = [StepResult([]) for _ in rows]
         source: list[int] = []
@@ -394,8 +357,3 @@ def check_draft_fits(draft: DraftModel, target: TargetModel) -> None:
         raise MismatchError(
             f"the draft was trained for the target {recorded[:16]}...; this target is {target.fingerprint[:16]}..."
         )
-
-
-def _needs_only_best(state: SequenceState) -> bool:
-    """Whether verifying takes no more than the target's likeliest tokens, and the target can tell them."""
-    return state.sampling.demand == SamplingDemand.NOTHING and state.fine_tune.tells_likeliest

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from eda.answers import Answer, Logits, Need
 from eda.attention import PackedBatch, masks_for
 from eda.checkpoint import (
     ADAPTER_CONFIG_FILE,
@@ -60,10 +61,8 @@ class TargetOutput:
     """``[T, hidden_size]`` after the final norm."""
     features: Tensor | None
     """``[T, 3 * hidden_size]``: the hidden states after the three tapped layers, low to high."""
-    logits: Tensor | None = None
-    """Float32 ``[N, vocab_size]`` of the wanted tokens, where the pass was asked for them."""
-    best: list[int] | None = None
-    """Their likeliest tokens, where the pass was asked for these (first id of equals)."""
+    answer: Answer | None = None
+    """On the wanted tokens, logits in float32; ``None`` where none was wanted."""
 
 
 class TargetModel(nn.Module):
@@ -202,7 +201,7 @@ class TargetModel(nn.Module):
         *,
         taps: TapLayers | None = None,
         wanted: Sequence[int] = (),
-        only_best: bool = False,
+        need: Need = Need.LOGITS,
     ) -> TargetOutput:
         """Runs all layers over ``token_ids`` ``[T]`` and leaves their keys and values in ``cache``.
 
@@ -210,8 +209,8 @@ class TargetModel(nn.Module):
 
         Args:
             taps: the layers, counted from 0, whose outputs are the draft's features; ``None`` gives no features.
-            wanted: tokens whose logits are wanted from the same call; ``logits`` computes others.
-            only_best: the likeliest of the wanted tokens' successors are enough.
+            wanted: tokens that an answer is wanted on from the same call; ``logits`` computes others.
+            need: what the answer has to hold, at least.
 
         Raises ``ValueError`` for ``taps`` that the model does not have.
         """
@@ -225,11 +224,9 @@ class TargetModel(nn.Module):
             cos, sin = self.rotary(batch.positions, batch.rope_lengths, torch.float32)
             # A LoRA on the output layer is added in Python, after the pass.
             inside = () if any(segment.adapter.changes_head for segment in lora_segments) else wanted
-            done = self._kernel.run(
-                hidden, batch, cos, sin, cache, lora_segments, taps, inside, with_logits=not only_best
-            )
+            done = self._kernel.run(hidden, batch, cos, sin, cache, lora_segments, taps, inside, need=need)
             if len(inside) == len(wanted):
-                return TargetOutput(done.hidden, done.features, done.logits, done.best)
+                return TargetOutput(done.hidden, done.features, done.answer)
             return self._with_logits(TargetOutput(done.hidden, done.features), lora_segments, wanted)
         self.rotary.reserve(longest, dtype=hidden.dtype, device=hidden.device)
         cos, sin = self.rotary(batch.positions, batch.rope_lengths, hidden.dtype)
@@ -257,7 +254,7 @@ class TargetModel(nn.Module):
             inside = [place for place, token in enumerate(wanted) if part.start <= token < part.end]
             if inside:
                 segments.append(LoraSegment(part.adapter, inside[0], inside[-1] + 1))
-        return replace(output, logits=self.logits(hidden, segments))
+        return replace(output, answer=Logits(self.logits(hidden, segments)))
 
     def logits(self, hidden: Tensor, lora_segments: Sequence[LoraSegment] = ()) -> Tensor:
         """Float32 ``[N, vocab_size]`` from the final ``hidden`` ``[N, hidden_size]``.
@@ -313,11 +310,6 @@ class FineTune:
             return self.model
         parts = (lora.embedding, lora.embedding_weight, lora.head, lora.head_weight)
         return self.model if all(part is None for part in parts) else lora
-
-    @property
-    def tells_likeliest(self) -> bool:
-        """Whether a pass can give the likeliest tokens without their logits."""
-        return self.model.has_kernel and (self.lora is None or not self.lora.changes_head)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """This fine-tune's embeddings ``[T, hidden_size]`` of ``token_ids`` ``[T]``."""

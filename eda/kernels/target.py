@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from eda.answers import Answer, Likeliest, Logits, Need
 from eda.attention import PackedBatch
 from eda.config import ModelConfig
 from eda.kernels.library import Layer, LoraLayer, Shape, kernels
@@ -64,10 +65,8 @@ class KernelOutput:
     """``[T, H]`` after the final norm."""
     features: Tensor | None
     """``[T, 3H]``: the states behind the tapped layers."""
-    logits: Tensor | None
-    """Float32 ``[N, vocab_size]``."""
-    best: list[int]
-    """The likeliest token of each wanted one; the lowest id of equals."""
+    answer: Answer | None
+    """On the wanted tokens."""
 
 
 class TargetKernel:
@@ -134,11 +133,11 @@ class TargetKernel:
         tap_layers: tuple[int, int, int] | None,
         wanted: Sequence[int] = (),
         *,
-        with_logits: bool = True,
+        need: Need = Need.LOGITS,
     ) -> "KernelOutput":
         """All layers over ``embedded [T, H]``, and the output head for the tokens in ``wanted``.
 
-        ``cos`` and ``sin`` are float32 ``[T, head_dim]``. Without ``with_logits`` only the likeliest tokens come back.
+        ``cos`` and ``sin`` are float32 ``[T, head_dim]``. Where they are enough, only the likeliest tokens come back.
         """
         special = [
             SegmentWeights(segment.start, segment.end, lora=self._lora(segment.adapter).pointer)
@@ -150,7 +149,7 @@ class TargetKernel:
         features = (
             None if tap_layers is None else embedded.new_empty(embedded.shape[0], 3 * embedded.shape[1])
         )
-        logits = torch.empty(len(wanted), self._config.vocab_size) if with_logits and wanted else None
+        logits = torch.empty(len(wanted), self._config.vocab_size) if need is Need.LOGITS and wanted else None
         best = (ctypes.c_int64 * len(wanted))()
         self._library.eda_run_target(
             num_threads(),
@@ -170,7 +169,10 @@ class TargetKernel:
             None if logits is None else as_pointer(logits),
             best,
         )
-        return KernelOutput(hidden, features, logits, list(best))
+        answer: Answer | None = None
+        if wanted:
+            answer = Likeliest(list(best)) if logits is None else Logits(logits)
+        return KernelOutput(hidden, features, answer)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 ``[N, vocab_size]`` of ``hidden [N, H]``."""

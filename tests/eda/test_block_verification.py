@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eda import rejection
+from eda.proposal import Proposal
 from eda.rejection import _SampledDraft
 from eda.sampling import SamplingParams
-from eda.verification import Proposal, VerificationRow, verify
+from eda.verification import VerificationRow, verify
 
 
 @dataclass

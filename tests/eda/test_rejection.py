@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from eda import rejection
+from eda.proposal import Proposal
 from eda.rejection import _SampledDraft
 from eda.sampling import SamplingParams
-from eda.verification import Proposal, VerificationRow, verify
+from eda.verification import VerificationRow, verify
 from tests.support.markov import (
     Drafter,
     chain_drafter,

@@ -18,11 +18,11 @@ from eda.draft import DraftConfig, DraftModel
 from eda.errors import MismatchError
 from eda.generation import GenerationRequest, generate
 from eda.private import PrivateModule
+from eda.proposal import Proposal
 from eda.proposer import Proposer
 from eda.sampling import SamplingParams
 from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
 from eda.target import FineTune, TargetModel
-from eda.verification import Proposal
 from tests.support.reference_family import Family, make_family
 
 GREEDY = SamplingParams(temperature=0.0)

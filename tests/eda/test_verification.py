@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from eda.proposal import Proposal
 from eda.sampling import (
     LogitsContext,
     SamplingParams,
@@ -15,7 +16,7 @@ from eda.sampling import (
     process_logits,
     propose_chain_tokens,
 )
-from eda.verification import Proposal, TokenLogprobs, Verdict, VerificationRow, verify
+from eda.verification import TokenLogprobs, Verdict, VerificationRow, verify
 from tests.support.markov import (
     Drafter,
     chain_drafter,

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from eda.answers import Need
 from eda.attention import AttentionRow, PackedBatch
 from eda.target import TargetModel
 from tests.support.narrow import load, mean_error, narrow_target, outputs_of
@@ -103,7 +104,7 @@ def test_logits_and_features_are_nearer_to_float32_than_torchs(tmp_path: Path, n
     assert feature_errors["kernel"] <= feature_errors["torch"] < 0.1
 
 
-def wanted_of(model: TargetModel, tokens: list[int], wanted: list[int], **how: bool) -> Any:
+def wanted_of(model: TargetModel, tokens: list[int], wanted: list[int], **how: Need) -> Any:
     cache = model.new_cache(len(tokens))
     batch = PackedBatch(
         torch.arange(len(tokens)), torch.arange(len(tokens)), [AttentionRow(0, len(tokens), 0, len(tokens))]
@@ -118,12 +119,10 @@ def test_wanted_logits_and_likeliest_tokens(tmp_path: Path) -> None:
     everything = complete(model, tokens)
     output = wanted_of(model, tokens, wanted)
     assert output.features is None
-    assert torch.equal(output.logits, everything[wanted])
-    assert output.best == everything[wanted].argmax(-1).tolist()
-    without = wanted_of(model, tokens, wanted, only_best=True)
-    assert without.logits is None
-    assert without.best == output.best
-    assert wanted_of(model, tokens, []).logits is None
+    assert torch.equal(output.answer.values, everything[wanted])
+    told = wanted_of(model, tokens, wanted, need=Need.LIKELIEST)
+    assert told.answer.token_ids == everything[wanted].argmax(-1).tolist()
+    assert wanted_of(model, tokens, []).answer is None
 
 
 def test_the_lowest_id_of_equally_likely_tokens_is_the_best(tmp_path: Path) -> None:
@@ -132,8 +131,8 @@ def test_the_lowest_id_of_equally_likely_tokens_is_the_best(tmp_path: Path) -> N
     weights["lm_head.weight"][75:] = weights["lm_head.weight"][:75]
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     best = wanted_of(
-        load(path), random_tokens(40, seed=2, vocab_size=150), list(range(40)), only_best=True
-    ).best
+        load(path), random_tokens(40, seed=2, vocab_size=150), list(range(40)), need=Need.LIKELIEST
+    ).answer.token_ids
     assert max(best) < 75
     assert len(set(best)) > 5
 

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from eda.proposal import Proposal
 from eda.sampling import SamplingParams
 from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
-from eda.verification import Proposal
 from tests.support.narrow import VOCAB_SIZE, NarrowFamily, make_narrow_family
 from tests.support.passes import random_tokens
 

@@ -8,12 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from eda.answers import Logits, Need
 from eda.attention import AttentionRow, PackedBatch
+from eda.backends.base import PassPlan
+from eda.backends.eager.target import EagerTarget
 from eda.kv_cache import KVCache
 from eda.lora import LoraAdapter, LoraSegment
+from eda.packing import PassRow
 from eda.speculative import ScheduledRow, SpeculativeDecoder
 from eda.static.shapes import MAX_KEYS, MAX_TOKENS, SMALLEST_KEYS, Inputs, num_keys, round_up
-from eda.static.target_pass import TargetPasses, TargetRow
+from eda.static.target_pass import RecordedTarget
 from eda.target import TargetModel
 from tests.support.graph_decoding import CHAIN, Case, random_private, recording, state_of
 from tests.support.passes import Row, assert_equal_logits, random_tokens, reference, reference_logits, run
@@ -34,18 +38,19 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 
 TAPS = (1, 2, 3)
+PLAN = PassPlan(Need.LOGITS, TAPS)
 
 
-def passes_of(model: TargetModel, num_slots: int) -> tuple[KVCache, TargetPasses]:
+def passes_of(model: TargetModel, num_slots: int) -> tuple[KVCache, RecordedTarget]:
     cache = model.new_cache(num_slots + MAX_TOKENS)
     scratch = cache.withhold(MAX_TOKENS)
     assert scratch == cache.num_slots == num_slots
     cache.keys.normal_()  # what other sequences have left behind
     cache.values.normal_()
-    return cache, TargetPasses(cache, scratch, recording(), taps=TAPS)
+    return cache, RecordedTarget(EagerTarget(cache), cache, scratch, recording(), taps=TAPS)
 
 
-def static_row(row: Row, first_wanted: int = 0) -> TargetRow:
+def static_row(row: Row, first_wanted: int = 0) -> PassRow:
     count, past = len(row.tokens), row.extent.length
     mask, positions = None, list(range(past, past + count))
     if row.parents is not None:
@@ -57,22 +62,21 @@ def static_row(row: Row, first_wanted: int = 0) -> TargetRow:
             positions[node] = past + int(mask[node].sum()) - 1
     lengths = [max(row.prompt_length, position + 1) for position in positions]
     seen = None if mask is None else mask.int().tolist()
-    return TargetRow(row.tokens, positions, lengths, row.extent.start, past, seen, first_wanted)
+    return PassRow(row.tokens, positions, lengths, row.extent.start, past, seen, first_wanted, row.lora)
 
 
-def replay(passes: TargetPasses, model: TargetModel, rows: list[Row]) -> tuple[list[Tensor], list[Tensor]]:
+def replay(passes: RecordedTarget, model: TargetModel, rows: list[Row]) -> tuple[list[Tensor], list[Tensor]]:
     """Logits and features of each row; grows the extents (not for trees)."""
-    lora = rows[0].lora
     with torch.inference_mode():
-        output = passes.run(model, lora, [static_row(row) for row in rows])
+        output = passes.replay(model, [static_row(row) for row in rows], PLAN)
     assert output is not None
-    assert output.logits is not None
+    assert isinstance(output.answer, Logits)
     assert output.features is not None
     sizes = [len(row.tokens) for row in rows]
     for row in rows:
         if row.parents is None:
             row.extent.length += len(row.tokens)
-    return list(output.logits.split(sizes)), list(output.features.split(sizes))
+    return list(output.answer.values.split(sizes)), list(output.features.split(sizes))
 
 
 @pytest.mark.parametrize("special", [False, True], ids=["plain", "special"])
@@ -217,8 +221,8 @@ def test_what_is_too_large_is_left_to_the_packed_pass(tmp_path: Path) -> None:
     cache, passes = passes_of(model, 300)
     extents = [cache.allocator.allocate(10) for _ in range(17)]
     rows = [static_row(Row(extent, [1])) for extent in extents]
-    assert passes.run(model, None, rows) is None, "17 sequences"
-    assert passes.run(model, None, [static_row(Row(extents[0], [1] * 34))]) is None, "34 tokens"
-    assert passes.run(model, None, [replace(rows[0], context=MAX_KEYS)]) is None, "too many keys"
-    assert not TargetPasses.takes(16, 5)
-    assert TargetPasses.takes(16, 4)
+    assert passes.replay(model, rows, PLAN) is None, "17 sequences"
+    assert passes.replay(model, [static_row(Row(extents[0], [1] * 34))], PLAN) is None, "34 tokens"
+    assert passes.replay(model, [replace(rows[0], context=MAX_KEYS)], PLAN) is None, "too many keys"
+    assert not RecordedTarget.takes(16, 5)
+    assert RecordedTarget.takes(16, 4)
