@@ -127,7 +127,7 @@ class StageJob:
     def decoder(self) -> SpeculativeDecoder:
         """One for the base and the fine-tune: caches depend on sizes, which they share."""
         slots = max(self.regeneration.num_slots, EvaluationConfig().num_slots) + 64
-        return SpeculativeDecoder(self._models.base, self._models.draft, num_slots=slots, seed=0)
+        return SpeculativeDecoder.for_models(self._models.base, self._models.draft, num_slots=slots, seed=0)
 
     @cached_property
     def chat(self) -> ChatFormat:

@@ -169,7 +169,7 @@ def _evaluate(
     dtype = data.base.model.dtype
     draft = copy.deepcopy(draft).to(dtype)
     private = None if private is None else copy.deepcopy(private).to(dtype)
-    decoder = SpeculativeDecoder(data.base.model, draft, num_slots=config.num_slots, seed=0)
+    decoder = SpeculativeDecoder.for_models(data.base.model, draft, num_slots=config.num_slots, seed=0)
     variants = {
         "plain": Variant(decoder, speculates=False),
         "this": Variant(decoder, private),

@@ -40,10 +40,10 @@ from benchmarks.gpu_passes import (
 )
 from benchmarks.own_engine import KINDS, Family, OwnEngine, own_contestants, own_name
 from benchmarks.peers.interface import Prompt
+from eda.backends.choice import GraphChoice
 from eda.draft import DraftConfig, DraftModel
 from eda.private import PrivateModule
 from eda.speculative import Speculation, SpeculativeDecoder
-from eda.static.choice import GraphChoice
 from eda.static.replay import Backend, CudaGraphBackend, GraphCache, RerunBackend
 from eda.target import FineTune, TargetModel, default_tap_layers
 from server.engine.speculation import SpeculationTable
@@ -159,7 +159,7 @@ def seconds_per_round(
         choice = GraphCache(graph_backend(target.device), capture_after=1) if graphs else "off"
         # Every round can accept a whole draft, and those are the tokens that its slots are for.
         longest = prompt + (4 + rounds) * (shape.num_speculative_tokens + 1) + shape.slots
-        decoder = SpeculativeDecoder(target, draft, num_slots=longest, graphs=choice)
+        decoder = SpeculativeDecoder.for_models(target, draft, num_slots=longest, graphs=choice)
         engine = OwnEngine(decoder, family, kind, shape, 1)
         prompts = [Prompt("large", [index % target.config.vocab_size for index in range(prompt)])]
 
@@ -201,7 +201,9 @@ def measure_family(options: argparse.Namespace, device: torch.device) -> list[Ro
         prompts = read_prompts(options.prompts, domain, options.num_prompts, tokenizer)
         length = max(len(prompt.token_ids) for prompt in prompts) + options.tokens + 64
         graphs: GraphChoice = "auto" if options.graphs else "off"
-        decoder = SpeculativeDecoder(family.target, family.draft, num_slots=length * 16, graphs=graphs)
+        decoder = SpeculativeDecoder.for_models(
+            family.target, family.draft, num_slots=length * 16, graphs=graphs
+        )
         contestants = own_contestants(decoder, family, [domain], (1, 16), SpeculationTable.default())
         records, failed = run_in_turns(contestants, prompts, options.tokens)
         for name, reason in failed.items():

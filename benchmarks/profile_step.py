@@ -20,7 +20,6 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks.compare import load_family
-from eda.kernels.library import kernels
 from eda.sampling import SamplingParams
 from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
 from server.models import model_paths
@@ -129,9 +128,9 @@ def main() -> None:
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_dict=False
     )
-    where = "C++ passes" if target.has_kernel and kernels() is not None else "torch"
+    backend = SpeculativeDecoder.for_models(target, draft, num_slots=1).backend.name
     print(
-        f"{arguments.model}, {target.dtype}, {where}, {torch.get_num_threads()} threads, "
+        f"{arguments.model}, {target.dtype}, {backend}, {torch.get_num_threads()} threads, "
         f"temperature {arguments.temperature:g}, top_p {arguments.top_p:g}, torch {torch.__version__}"
     )
 
@@ -144,11 +143,12 @@ def main() -> None:
         ("plain", Speculation("none")),
         (f"chain of {arguments.length}", Speculation("chain", arguments.length)),
     ):
-        decoder = SpeculativeDecoder(target, draft, num_slots=2048, seed=0)
+        decoder = SpeculativeDecoder.for_models(target, draft, num_slots=2048, seed=0)
         watch = Stopwatch()
         watch.wrap(decoder, "_propose", "draft (extension and chain)")
         watch.wrap(decoder, "_run_target", "target (pass and head)")
-        watch.wrap(decoder, "_accept", "verification and bookkeeping")
+        watch.wrap(decoder, "_verify", "verification")
+        watch.wrap(decoder, "_accept", "bookkeeping")
         state = SequenceState(
             list(prompt),
             len(prompt) + 1024,

@@ -75,7 +75,9 @@ class SequenceState:
 
     num_prompt_tokens: int = field(init=False)
     drafts: bool = field(init=False)
-    """Fixed at the start: whether target features are kept for the draft."""
+    """Whether it drafts at all; a sequence that ceases to do so never begins again."""
+    keeps_features: bool = field(init=False, default=False)
+    """Fixed at the start: whether target features are kept for a draft that reads them."""
     extent: Extent | None = field(init=False, default=None)
     history: TokenHistory | None = field(init=False, default=None)
     draft_length: int = field(init=False, default=0)
@@ -120,8 +122,13 @@ class SequenceState:
         return self.extent.start
 
     @property
+    def reads_features(self) -> bool:
+        """Whether features of new tokens are kept."""
+        return self.drafts and self.keeps_features
+
+    @property
     def num_pending_features(self) -> int:
-        return self.num_computed - self.draft_length if self.drafts else 0
+        return self.num_computed - self.draft_length if self.reads_features else 0
 
     @property
     def pending_bytes(self) -> int:

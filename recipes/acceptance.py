@@ -51,7 +51,7 @@ def measure_family(models: Path, data: Path, count: int, max_tokens: int, length
     loader = ModelLoader(target, draft)
     store = AdapterStore(models / "adapters")
     config = EvaluationConfig(max_tokens=max_tokens, speculation=Speculation("chain", length))
-    decoder = SpeculativeDecoder(target, draft, num_slots=config.num_slots, seed=0)
+    decoder = SpeculativeDecoder.for_models(target, draft, num_slots=config.num_slots, seed=0)
     measured: dict[str, Any] = {}
     for name in ("base", *FINE_TUNE_DOMAINS):
         fine_tune = loader.base if name == "base" else load_fine_tune(models / name, target, name)

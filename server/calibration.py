@@ -89,7 +89,7 @@ def calibrate_decoder(
     longest = target.config.max_position_embeddings - plan.max_tokens
     texts = [prompt[:longest] for prompt in prompts]
     room = max(map(len, texts)) + plan.max_tokens + 64
-    decoder = SpeculativeDecoder(target, draft, num_slots=max(plan.batch_sizes) * room)
+    decoder = SpeculativeDecoder.for_models(target, draft, num_slots=max(plan.batch_sizes) * room)
     measurements: list[Measurement] = []
     for batch_size in plan.batch_sizes:
         chosen = [texts[place % len(texts)] for place in range(batch_size)]

@@ -1,13 +1,15 @@
 """Puts a server together: models, registry, engine. What `eda serve` runs at start, in a thread."""
 
+from collections.abc import Iterable
+
 import torch
 
 from adapters.loading import ModelLoader
 from adapters.service import AdapterService
 from adapters.traffic import TrafficRecord
 from adapters.watcher import RegistryWatcher
+from eda.backends.base import BackendName
 from eda.speculative import Speculation, SpeculativeDecoder
-from eda.static.shapes import ROWS
 from server.adaptation import make_adapter_service, make_worker
 from server.adapter_metrics import AdapterMetrics
 from server.engine.async_engine import AsyncEngine
@@ -41,10 +43,10 @@ def load_runtime(services: Services) -> Runtime:
         max_model_len=max_model_len,
         max_running=settings.max_running,
     )
-    decoder = SpeculativeDecoder(target, draft, num_slots=num_slots, graphs=settings.cuda_graphs)
-    table = _table(settings, cpu_passes=target.has_kernel)
+    decoder = SpeculativeDecoder.for_models(target, draft, num_slots=num_slots, graphs=settings.cuda_graphs)
+    table = _table(settings, decoder.backend.name)
     # Part of loading, so that the server is ready when the usual passes are recorded.
-    num_graphs = decoder.warm_up(_usual_rounds(table, settings.max_running))
+    num_graphs = decoder.warm_up(_usual_rounds(table, decoder.backend.usual_batches, settings.max_running))
     tokenizer = TextTokenizer.load(paths.target)
 
     loader = ModelLoader(target, draft, base_name=settings.model_name)
@@ -81,6 +83,7 @@ def load_runtime(services: Services) -> Runtime:
         target=str(paths.target),
         draft=str(paths.draft) if paths.draft else None,
         device=str(target.device),
+        backend=decoder.backend.name,
         dtype=str(target.dtype).removeprefix("torch."),
         cache_slots=num_slots,
         max_model_len=max_model_len,
@@ -121,19 +124,21 @@ def _record_traffic(adapters: AdapterService, sequence: Sequence) -> None:
     )
 
 
-def _usual_rounds(table: SpeculationTable, max_running: int) -> list[tuple[int, Speculation]]:
-    """How each number of sequences that passes are recorded for drafts, by the table."""
+def _usual_rounds(
+    table: SpeculationTable, batches: Iterable[int], max_running: int
+) -> list[tuple[int, Speculation]]:
+    """How each of these numbers of sequences drafts, by the table."""
     rounds = []
-    for num_rows in ROWS:
+    for num_rows in batches:
         if num_rows <= max_running:
             levels = [level for level in table.levels if num_rows <= level.max_batch_size]
             rounds.append((num_rows, (levels or table.levels[-1:])[0].speculation()))
     return rounds
 
 
-def _table(settings: Settings, *, cpu_passes: bool) -> SpeculationTable:
+def _table(settings: Settings, backend: BackendName) -> SpeculationTable:
     if settings.calibration is None:
-        return SpeculationTable.default(cpu_passes=cpu_passes)
+        return SpeculationTable.default(backend)
     try:
         return SpeculationTable.load(settings.calibration)
     except SpeculationTableError as error:

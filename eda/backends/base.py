@@ -4,14 +4,18 @@ Each part has an implementation on torch that takes everything (``eda/backends/e
 what its allow-list covers, and hands on the rest; so the decoder asks once and never chooses.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from eda.answers import Answer, Need
+from eda.kv_cache import KVCache
 from eda.packing import PassRow
+from eda.proposal import Proposal
+from eda.state import SequenceState, Speculation
 from eda.target import TapLayers, TargetModel
 from eda.verification import AnswerLines, Verdict, VerificationRow
 
@@ -52,3 +56,52 @@ class Verifier(Protocol):
         An answer of likeliest tokens belongs to a row that demands no more than these.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DraftRequest:
+    """One sequence of a step, and how long its draft may be."""
+
+    state: SequenceState
+    length: int
+    """Tokens of a chain, levels of a tree; 0 for no draft."""
+
+
+class Drafter(Protocol):
+    """Proposes tokens."""
+
+    @property
+    def taps(self) -> TapLayers | None:
+        """The target's layers whose outputs it reads; ``None`` reads none, and sequences keep none for it."""
+        ...
+
+    def draft(self, requests: Sequence[DraftRequest]) -> list[Proposal | None]:
+        """A proposal for each request; ``None`` for those that get none, all of length 0 among them."""
+        ...
+
+
+BackendName = Literal["torch", "recorded", "cpu"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Backend:
+    """All that computes for one decoder."""
+
+    name: BackendName
+    """For logs, benchmarks, and what a draft is expected to cost."""
+    cache: KVCache
+    """The target's; its slots are given to sequences."""
+    target: TargetRunner
+    verifier: Verifier
+    drafters: Mapping[str, Drafter]
+    """By the mode of a sequence's speculation. Without one for its mode, a sequence is decoded plainly."""
+    usual_batches: tuple[int, ...] = ()
+    """Numbers of sequences that ``prepare`` pays for."""
+    around_step: Callable[[], AbstractContextManager[object]] = nullcontext
+    prepare: Callable[[Sequence[tuple[int, Speculation]]], int] = lambda shapes: 0
+    """Makes ready for so many sequences that draft so, before the first request; how many passes are ready then."""
+
+    @property
+    def taps(self) -> TapLayers | None:
+        """The layers that a drafter reads; ``None`` where none reads any."""
+        return next((drafter.taps for drafter in self.drafters.values() if drafter.taps is not None), None)

@@ -29,7 +29,7 @@ class CpuVerifier:
     """
 
     def __init__(self, inner: Verifier, generator: torch.Generator) -> None:
-        self._inner = inner
+        self.inner = inner
         self._generator = generator
 
     def verify(self, rows: Sequence[VerificationRow], lines: Sequence[AnswerLines]) -> list[Verdict]:
@@ -39,14 +39,14 @@ class CpuVerifier:
             for row, line in zip(rows, lines, strict=True)
         ]
         if not any(covered):
-            return self._inner.verify(rows, lines)
+            return self.inner.verify(rows, lines)
         quick = [index for index, is_covered in enumerate(covered) if is_covered]
         others = [index for index, is_covered in enumerate(covered) if not is_covered]
         verdicts = dict(
             zip(quick, self._verify([rows[i] for i in quick], [lines[i] for i in quick]), strict=True)
         )
         if others:
-            found = self._inner.verify([rows[i] for i in others], [lines[i] for i in others])
+            found = self.inner.verify([rows[i] for i in others], [lines[i] for i in others])
             verdicts.update(zip(others, found, strict=True))
         return [verdicts[index] for index in range(len(rows))]
 

@@ -40,7 +40,7 @@ class RecordedTarget:
     def __init__(
         self, inner: TargetRunner, cache: KVCache, scratch: int, graphs: GraphCache, *, taps: TapLayers | None
     ) -> None:
-        self._inner = inner
+        self.inner = inner
         self._cache = cache
         self._scratch = scratch
         self._graphs = graphs
@@ -56,7 +56,7 @@ class RecordedTarget:
 
     def run(self, model: TargetModel, rows: Sequence[PassRow], plan: PassPlan) -> PassOutput:
         """See ``TargetRunner``."""
-        return self.replay(model, rows, plan) or self._inner.run(model, rows, plan)
+        return self.replay(model, rows, plan) or self.inner.run(model, rows, plan)
 
     def replay(self, model: TargetModel, rows: Sequence[PassRow], plan: PassPlan) -> PassOutput | None:
         """The pass from a recording; ``None`` where there is none for it, and nothing has been computed then.

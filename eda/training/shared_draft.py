@@ -91,7 +91,7 @@ def train_shared_draft(
         DataError: too few prompts. TrainingError: see ``train``. StageStoppedError: ``should_stop`` said so.
     """
     base = FineTune("base", target)
-    decoder = SpeculativeDecoder(target, num_slots=config.regeneration.num_slots)
+    decoder = SpeculativeDecoder.for_models(target, num_slots=config.regeneration.num_slots)
     training_prompts, held_out_prompts = split_held_out(
         prompts, config.held_out, seed=config.seed, limit=config.num_prompts
     )

@@ -209,7 +209,7 @@ def _run(
     """The generation, its text, and the seconds that it took, the prompt's computation included."""
     num_slots = len(request.prompt_ids) + request.max_tokens + request.speculation.slots
     draft = None if request.speculation.mode == "none" else loaded.draft
-    decoder = SpeculativeDecoder(loaded.target, draft, num_slots=num_slots)
+    decoder = SpeculativeDecoder.for_models(loaded.target, draft, num_slots=num_slots)
     detokenizer = loaded.tokenizer.detokenizer()
     pieces: list[str] = []
 

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from eda.backends.base import BackendName
 from eda.speculative import Speculation
 from server.engine.sequence import SequenceLabels, StepStats
 
@@ -125,15 +126,15 @@ class SpeculationTable:
             level.check()
 
     @classmethod
-    def default(cls, *, cpu_passes: bool = False) -> Self:
+    def default(cls, backend: BackendName = "torch") -> Self:
         """For machines that nothing was measured on.
 
-        ``cpu_passes``: the target runs on the C++ passes. A draft step costs little there, but every further token
+        On the backend ``cpu``, the C++ passes, a draft step costs little, but every further token
         makes the target's pass longer: so chains that end where the draft is unsure, and none from four sequences on,
         where they were measured to lose (docs/performance.md). At a temperature about half of the draft's tokens are
         accepted, sure or not, so that chains are shorter and how probable a drawn token was says little.
         """
-        if cpu_passes:
+        if backend == "cpu":
             return cls(
                 (
                     SpeculationLevel(

@@ -70,7 +70,7 @@ def own(with_private: bool) -> dict[str, object]:
         store = AdapterStore(MODELS / "adapters")
         version = store.versions("math")[-1]
         private = loader.private_module(store, "math", version, fine_tune.fingerprint)[1]
-    decoder = SpeculativeDecoder(base, loader.draft, num_slots=1024)
+    decoder = SpeculativeDecoder.for_models(base, loader.draft, num_slots=1024)
     tokens, drafts, accepted = [], 0, [0] * NUM_DRAFT_TOKENS
     for prompt in prompts():
         state = SequenceState(

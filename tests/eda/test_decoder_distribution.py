@@ -13,7 +13,7 @@ from scipy.stats import chisquare
 
 from eda.generation import GenerationRequest, generate
 from eda.private import PrivateModule
-from eda.proposer import Proposer
+from eda.proposer import EagerProposer
 from eda.sampling import SamplingParams
 from eda.speculative import Speculation, SpeculativeDecoder
 from tests.support.reference_family import Family, make_family
@@ -53,7 +53,9 @@ def draws(
     family: Family, model: str, speculation: Speculation, *, block: bool = False
 ) -> tuple[Counter[tuple[int, ...]], float]:
     """Counts of emitted triples, and the share of decoding passes that accepted a draft token."""
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=4096, seed=1, block_verification=block)
+    decoder = SpeculativeDecoder.for_models(
+        family.base, family.draft, num_slots=4096, seed=1, block_verification=block
+    )
     module = PrivateModule(family.draft.config.private_config(24, 3)).requires_grad_(False)
     for parameter in module.parameters():
         parameter.data.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(2))
@@ -100,15 +102,15 @@ def test_the_check_fails_when_drafts_are_accepted_unseen(
     family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A test of the test: a draft that misstates its probabilities, so that all it proposes passes, is caught."""
-    original = Proposer.propose_chains
+    original = EagerProposer.propose_chains
 
-    def overconfident(self: Proposer, *arguments: object) -> object:
+    def overconfident(self: EagerProposer, *arguments: object) -> object:
         proposals = original(self, *arguments)  # type: ignore[arg-type]
         for proposal in proposals:
             if proposal.draft_probs is not None:
                 proposal.draft_probs.mul_(0.0).add_(1e-9)
         return proposals
 
-    monkeypatch.setattr(Proposer, "propose_chains", overconfident)
+    monkeypatch.setattr(EagerProposer, "propose_chains", overconfident)
     counts, _ = draws(family, "code", Speculation("chain", num_speculative_tokens=3))
     assert significance(counts, exact_probabilities(family, "code")) < 1e-4

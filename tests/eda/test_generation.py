@@ -17,7 +17,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 @pytest.fixture
 def decoder(family: Family) -> SpeculativeDecoder:
-    return SpeculativeDecoder(family.base, family.draft, num_slots=256)
+    return SpeculativeDecoder.for_models(family.base, family.draft, num_slots=256)
 
 
 def test_output_ends_at_the_first_end_token_also_inside_an_accepted_run(

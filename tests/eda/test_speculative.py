@@ -14,15 +14,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from eda.backends.eager.draft_layer import TorchDraftLayer
+from eda.backends.eager.drafter import ChainTreeDrafter
 from eda.draft import DraftConfig, DraftModel
+from eda.drafting import Reading
 from eda.errors import MismatchError
 from eda.generation import GenerationRequest, generate
 from eda.private import PrivateModule
 from eda.proposal import Proposal
-from eda.proposer import Proposer
+from eda.proposer import EagerProposer
 from eda.sampling import SamplingParams
 from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
 from eda.target import FineTune, TargetModel
+from tests.support.backends import use_drafter
 from tests.support.reference_family import Family, make_family
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -101,7 +105,7 @@ def test_greedy_equals_the_reference_in_mixed_batches_with_any_private_module(fa
     ]
     modes = [CHAIN, TREE, PLAIN, Speculation("chain", num_speculative_tokens=1)]
     rng = random.Random(2)
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=1024)
+    decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=1024)
     outputs = run_mixed(
         decoder, family, cases, max_tokens, lambda _: (rng.choice(modes), rng.choice(privates))
     )
@@ -110,23 +114,19 @@ def test_greedy_equals_the_reference_in_mixed_batches_with_any_private_module(fa
     assert decoder.cache.allocator.num_free == 1024
 
 
-class OracleProposer(Proposer):
+class OracleProposer(EagerProposer):
     """Proposes the reference's continuation, spoilt at random: chains and trees with the right path inside."""
 
     def __init__(self, draft: DraftModel, num_slots: int, truth: dict[int, list[int]], seed: int) -> None:
-        super().__init__(draft, num_slots, torch.Generator())
+        super().__init__(draft, TorchDraftLayer(draft, draft.new_cache(num_slots)), torch.Generator())
         self.truth = truth
         self.rng = random.Random(seed)
         self.read_features: dict[int, list[Tensor]] = {}
 
-    def extend(
-        self, states: Sequence[SequenceState], chain_lengths: Sequence[int] | None = None
-    ) -> tuple[Tensor, list[Proposal] | None]:
-        for state in states:
-            features = state.take_pending_features()
+    def extend(self, reading: Reading) -> Tensor:
+        for state, features in zip(reading.states, reading.features.split(reading.lengths), strict=True):
             self.read_features.setdefault(id(state), []).append(features)
-            state.keep_features(features)
-        return super().extend(states)
+        return super().extend(reading)
 
     def _continuation(self, state: SequenceState) -> list[int]:
         return self.truth[id(state)][state.num_generated :]
@@ -184,9 +184,10 @@ def test_accepted_runs_of_every_length_leave_cache_and_features_as_a_fresh_pass(
 ) -> None:
     """The text is the reference's, and the features kept for the draft equal those of one prefill over all tokens."""
     max_tokens = 24
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=1024)
+    decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=1024)
     truth: dict[int, list[int]] = {}
-    decoder.proposer = oracle = OracleProposer(family.draft, 1024, truth, seed=3)
+    oracle = OracleProposer(family.draft, 1024, truth, seed=3)
+    use_drafter(decoder, ChainTreeDrafter(oracle, family.draft.config.tap_layers))
     cases = make_cases(family, 18, max_tokens, seed=4)
     accepted_counts: set[int] = set()
     states = []
@@ -230,7 +231,7 @@ def test_pausing_and_changing_speculation_between_steps_changes_no_token(family:
     max_tokens = 40
     [case] = make_cases(family, 1, max_tokens, seed=5)
     rng = random.Random(6)
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=256)
+    decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=256)
     state = SequenceState(
         token_ids=list(case.prompt),
         max_length=len(case.prompt) + max_tokens,
@@ -278,7 +279,9 @@ def test_a_seeded_request_gives_the_same_text_with_any_draft_and_any_companions(
     model = list(family.fine_tunes)[1]
     texts: dict[str, list[list[int]]] = {}
     for name, (speculation, with_private) in SEEDED_MODES.items():
-        decoder = SpeculativeDecoder(family.base, family.draft, num_slots=1024, seed=rng.randrange(100))
+        decoder = SpeculativeDecoder.for_models(
+            family.base, family.draft, num_slots=1024, seed=rng.randrange(100)
+        )
         private = random_private(family.draft, 1) if with_private else None
         requests = [
             GenerationRequest(prompt, 16, sampling=sampling, speculation=speculation, private=private)
@@ -309,7 +312,7 @@ def test_penalties_bias_and_min_tokens_give_the_same_greedy_text_with_and_withou
     prompts = [[rng.randrange(family.vocab_size) for _ in range(rng.randrange(2, 12))] for _ in range(10)]
     outputs = []
     for speculation in (PLAIN, CHAIN, TREE):
-        decoder = SpeculativeDecoder(family.base, family.draft, num_slots=1024)
+        decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=1024)
         requests = [
             GenerationRequest(
                 prompt, 14, frozenset({stop}), sampling, speculation, random_private(family.draft, 2)
@@ -325,7 +328,7 @@ def test_penalties_bias_and_min_tokens_give_the_same_greedy_text_with_and_withou
 
 def test_logprobs_are_those_of_the_target_with_and_without_drafting(family: Family) -> None:
     prompt = [4, 8, 15, 16, 23, 42]
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=256)
+    decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=256)
     sampling = SamplingParams(temperature=0.0, num_logprobs=3)
     for speculation in (PLAIN, CHAIN, TREE):
         request = GenerationRequest(prompt, 10, sampling=sampling, speculation=speculation)
@@ -344,7 +347,7 @@ def test_bfloat16_emits_only_tokens_within_a_stated_gap_of_the_argmax(family: Fa
     gap = 0.25
     base = TargetModel.load(family.paths["base"], dtype=torch.bfloat16)
     draft = DraftModel.load(family.paths["draft"], dtype=torch.bfloat16)
-    decoder = SpeculativeDecoder(base, draft, num_slots=512)
+    decoder = SpeculativeDecoder.for_models(base, draft, num_slots=512)
     rng = random.Random(10)
     for speculation in (CHAIN, TREE):
         prompts = [[rng.randrange(family.vocab_size) for _ in range(8)] for _ in range(10)]
@@ -361,7 +364,7 @@ def test_bfloat16_emits_only_tokens_within_a_stated_gap_of_the_argmax(family: Fa
 
 
 def test_a_step_refuses_rows_that_were_not_admitted(family: Family) -> None:
-    decoder = SpeculativeDecoder(family.base, None, num_slots=64)
+    decoder = SpeculativeDecoder.for_models(family.base, None, num_slots=64)
     state = SequenceState([1, 2], 10, family.fine_tunes["base"])
     with pytest.raises(ValueError, match="row 0 schedules 2 tokens"):
         decoder.step([ScheduledRow(state, 2)])
@@ -384,4 +387,4 @@ def test_a_draft_for_another_target_is_refused(family: Family, tmp_path: Path) -
     config: DraftConfig = replace(family.draft.config, target_fingerprint="0" * 64)
     other = DraftModel(config, family.draft.draft_token_ids)
     with pytest.raises(MismatchError, match="was trained for the target 0000"):
-        SpeculativeDecoder(family.base, other)
+        SpeculativeDecoder.for_models(family.base, other)

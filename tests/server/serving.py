@@ -135,7 +135,7 @@ def make_parts(
 ) -> Parts:
     """Services around the tiny family. Steps are small, so that prompts are computed in several chunks."""
     settings = settings or Settings()
-    decoder = SpeculativeDecoder(family.target, family.draft, num_slots=num_slots, seed=0)
+    decoder = SpeculativeDecoder.for_models(family.target, family.draft, num_slots=num_slots, seed=0)
     services = Services(settings)
     engine = AsyncEngine(
         decoder,

@@ -243,7 +243,7 @@ def test_sampling_settings_reach_the_model(client: httpx.Client, family: Family)
     request = GenerationRequest(
         family.tokenizer.encode(PROMPT), 20, sampling=params, speculation=Speculation("none")
     )
-    decoder = SpeculativeDecoder(family.target, num_slots=256)
+    decoder = SpeculativeDecoder.for_models(family.target, num_slots=256)
     [expected] = generate(decoder, family.fine_tunes["math"], [request])
     answer = complete(
         client,

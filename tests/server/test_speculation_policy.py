@@ -188,7 +188,7 @@ def test_a_file_from_before_the_other_costs_counts_as_it_did(tmp_path: Path) -> 
 
 
 def test_built_in_tables_draft_less_at_a_temperature() -> None:
-    table = SpeculationTable.default(cpu_passes=True)
+    table = SpeculationTable.default("cpu")
     assert table.costs == CPU_PASSES_COSTS
     for level in table.levels:
         greedy, sampled = level.speculation(), level.speculation(sampled=True)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from eda.backends.eager.draft_layer import TorchDraftLayer
 from eda.generation import GenerationRequest, generate
 from eda.proposal import Proposal
-from eda.proposer import Proposer
+from eda.proposer import EagerProposer
 from eda.speculative import SequenceState, Speculation, SpeculativeDecoder
 from tests.support.family import Family
 
@@ -19,7 +20,7 @@ class Oracle:
     def __init__(self, family: Family) -> None:
         self._family = family
         self._known: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-        self._decoder = SpeculativeDecoder(family.target, num_slots=1024)
+        self._decoder = SpeculativeDecoder.for_models(family.target, num_slots=1024)
 
     def continuation(self, model: str, prompt_ids: Sequence[int], count: int = 40) -> list[int]:
         """The first ``count`` tokens, end-of-text tokens not heeded."""
@@ -40,12 +41,13 @@ class Oracle:
         return tokenizer.decode(tokens)
 
 
-class OracleProposer(Proposer):
+class OracleProposer(EagerProposer):
     """Proposes the oracle's continuation, spoilt from a random place on for prompts that the oracle was asked about,
     and nonsense for others."""
 
     def __init__(self, family: Family, oracle: Oracle, num_slots: int) -> None:
-        super().__init__(family.draft, num_slots, torch.Generator())
+        layer = TorchDraftLayer(family.draft, family.draft.new_cache(num_slots))
+        super().__init__(family.draft, layer, torch.Generator())
         self._oracle = oracle
         self._random = random.Random(0)
         self.spoils = True

@@ -55,7 +55,7 @@ def decode(
     seed: int = 0,
 ) -> tuple[list[list[int]], int]:
     """All cases in one changing batch: their texts, and how many draft tokens were right."""
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=2048, seed=seed)
+    decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=2048, seed=seed)
     requests = []
     for place, (name, prompt) in enumerate(cases):
         speculation, module = choose(place)

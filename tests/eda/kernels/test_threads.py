@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TargetModel:
 
 
 def texts_of(family: NarrowFamily, seed: int, speculation: Speculation) -> list[list[int]]:
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=1024)
+    decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=1024)
     requests = [
         GenerationRequest(
             random_tokens(3 + n, 10 * seed + n, VOCAB_SIZE), 8, speculation=speculation, private=module

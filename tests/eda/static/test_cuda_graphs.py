@@ -139,7 +139,7 @@ def test_cuda_graphs_give_the_reference_text(family: Family, model: str, specula
     expected = expected_texts(family, cases, 20)
     for batch_size in (1, 3):
         graphs = recording(CudaGraphBackend(there.base.device))
-        decoder = SpeculativeDecoder(there.base, there.draft, num_slots=256, graphs=graphs)
+        decoder = SpeculativeDecoder.for_models(there.base, there.draft, num_slots=256, graphs=graphs)
         assert decode(decoder, there, cases, 20, batch_size=batch_size) == expected
         assert graphs.stats.failed == graphs.stats.declined == 0
         assert graphs.stats.replayed > graphs.stats.captured
@@ -155,7 +155,7 @@ def test_cuda_graphs_in_mixed_batches_and_with_few_of_them(family: Family) -> No
     for case in cases:
         case.private, case.speculation = rng.choice(privates), rng.choice([PLAIN, CHAIN, TREE])
     graphs = recording(CudaGraphBackend(there.base.device), max_graphs=8)
-    decoder = SpeculativeDecoder(there.base, there.draft, num_slots=1024, graphs=graphs)
+    decoder = SpeculativeDecoder.for_models(there.base, there.draft, num_slots=1024, graphs=graphs)
     assert decode(decoder, there, cases, 12, batch_size=5, prefill_chunk=5) == expected_texts(
         family, cases, 12
     )
@@ -168,7 +168,7 @@ def test_no_step_waits_but_to_read_drafted_and_accepted_tokens(family: Family) -
     """torch's own watch on waits: reads are allowed in one place each, so a step warns at most twice."""
     there = on_gpu(family)
     graphs = GraphCache(CudaGraphBackend(there.base.device), capture_after=1)
-    decoder = SpeculativeDecoder(there.base, there.draft, num_slots=256, graphs=graphs)
+    decoder = SpeculativeDecoder.for_models(there.base, there.draft, num_slots=256, graphs=graphs)
     waits: list[int] = []
 
     def wait(place: int, tokens: list[int]) -> None:
@@ -230,7 +230,7 @@ def test_bfloat16_rounds_on_a_gpu_stay_near_the_argmax(family: Family) -> None:
     cases = random_cases(family, ["base"], 6, seed=9)
     for case, speculation in zip(cases, [CHAIN, TREE] * 3, strict=True):
         case.speculation = speculation
-    decoder = SpeculativeDecoder(
+    decoder = SpeculativeDecoder.for_models(
         there.base, there.draft, num_slots=256, graphs=recording(CudaGraphBackend(there.base.device))
     )
     outputs = decode(decoder, there, cases, 12)

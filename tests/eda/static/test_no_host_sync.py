@@ -31,6 +31,7 @@ from eda.static.draft_functions import (
 from eda.static.shapes import Inputs
 from eda.static.target_pass import target_function
 from eda.target import FineTune, TargetModel
+from tests.support.backends import eager_proposer_of
 from tests.support.graph_decoding import (
     CHAIN,
     PLAIN,
@@ -284,9 +285,8 @@ def count_reads() -> Iterator[list[str]]:
 def reads_per_step(
     family: Family, cases: Sequence[Case], graphs: Any, *, reads_once: bool
 ) -> list[list[str]]:
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=512, graphs=graphs)
-    assert decoder.proposer is not None
-    decoder.proposer.reads_once = reads_once
+    decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=512, graphs=graphs)
+    eager_proposer_of(decoder).reads_once = reads_once
     states = [state_of(family, case, 40) for case in cases]
     for state in states:
         decoder.admit(state)

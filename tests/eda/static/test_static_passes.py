@@ -12,6 +12,7 @@ from eda.answers import Logits, Need
 from eda.attention import AttentionRow, PackedBatch
 from eda.backends.base import PassPlan
 from eda.backends.eager.target import EagerTarget
+from eda.drafting import Reading
 from eda.kv_cache import KVCache
 from eda.lora import LoraAdapter, LoraSegment
 from eda.packing import PassRow
@@ -19,6 +20,7 @@ from eda.speculative import ScheduledRow, SpeculativeDecoder
 from eda.static.shapes import MAX_KEYS, MAX_TOKENS, SMALLEST_KEYS, Inputs, num_keys, round_up
 from eda.static.target_pass import RecordedTarget
 from eda.target import TargetModel
+from tests.support.backends import proposer_of
 from tests.support.graph_decoding import CHAIN, Case, random_private, recording, state_of
 from tests.support.passes import Row, assert_equal_logits, random_tokens, reference, reference_logits, run
 from tests.support.reference_family import Family
@@ -180,15 +182,14 @@ def test_the_draft_reads_and_drafts_as_without_recordings(family: Family, model:
     cases = [Case(model, random_tokens(5 + at, at, family.vocab_size), private, CHAIN) for at in range(count)]
     outputs: list[list[Any]] = []
     for graphs in ("off", recording()):
-        decoder = SpeculativeDecoder(family.base, family.draft, num_slots=256, graphs=graphs)
-        proposer = decoder.proposer
-        assert proposer is not None
+        decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=256, graphs=graphs)
+        proposer = proposer_of(decoder)
         states = [state_of(family, case, 30) for case in cases]
         for state in states:
             decoder.admit(state)
         decoder.step([ScheduledRow(state, state.num_uncomputed) for state in states])
         with torch.inference_mode():
-            hidden, _ = proposer.extend(states)
+            hidden = proposer.extend(Reading.of(states))
             chains = proposer.propose_chains(states, hidden, [5] * count)
             trees = proposer.propose_trees(states, hidden, top_k=3, depth=4, num_nodes=9)
         outputs.append([hidden, [c.token_ids for c in chains], [(t.token_ids, t.parents) for t in trees]])

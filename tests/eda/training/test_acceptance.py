@@ -26,7 +26,7 @@ def test_equals_the_decoders_acceptance_length(with_private: bool) -> None:
     ]
 
     def decode(private: PrivateModule | None, length: int) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        decoder = SpeculativeDecoder(target, draft, num_slots=600)
+        decoder = SpeculativeDecoder.for_models(target, draft, num_slots=600)
         requests = [
             GenerationRequest(
                 prompt,

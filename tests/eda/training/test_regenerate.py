@@ -26,7 +26,7 @@ def fine_tune() -> FineTune:
 
 @pytest.fixture
 def decoder(fine_tune: FineTune) -> SpeculativeDecoder:
-    return SpeculativeDecoder(fine_tune.model, num_slots=1000)
+    return SpeculativeDecoder.for_models(fine_tune.model, num_slots=1000)
 
 
 PROMPTS = prompts_from_strings([f"say {number}" for number in range(10)])

@@ -89,7 +89,7 @@ def test_triage_tells_a_harmless_fine_tune_from_a_harmful_one(
     assert report.best_score > 1.0
 
     def decoder(model: FineTune) -> SpeculativeDecoder:
-        return SpeculativeDecoder(model.model, num_slots=1000)
+        return SpeculativeDecoder.for_models(model.model, num_slots=1000)
 
     def run(model: FineTune, name: str) -> tuple[bool, float, str]:
         report = triage(
@@ -112,7 +112,7 @@ def test_a_private_module_is_trained_saved_and_resumed(
     fine_tune: FineTune, chat: ChatFormat, tmp_path: Path
 ) -> None:
     draft = new_draft(fine_tune.model, draft_vocab_size=120)
-    decoder = SpeculativeDecoder(fine_tune.model, num_slots=1000)
+    decoder = SpeculativeDecoder.for_models(fine_tune.model, num_slots=1000)
     samples, _ = regenerate(decoder, fine_tune, PROMPTS, chat, tmp_path / "samples", ANSWERS)
     before = weights_of(draft)
     config = PrivateTrainingConfig(intermediate_size=8, fc_rank=2, training=TRAINING)
@@ -146,7 +146,7 @@ def test_evaluation_measures_every_variant_at_every_temperature(
 ) -> None:
     draft = new_draft(fine_tune.model)
     private = PrivateModule.initialised(draft.config.private_config(8))
-    with_draft = SpeculativeDecoder(fine_tune.model, draft, num_slots=400, seed=0)
+    with_draft = SpeculativeDecoder.for_models(fine_tune.model, draft, num_slots=400, seed=0)
     variants = {
         "plain": Variant(with_draft, speculates=False),
         "shared": Variant(with_draft),
