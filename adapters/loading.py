@@ -7,10 +7,11 @@ from adapters.errors import CorruptVersionError
 from adapters.manifest import WEIGHTS_FILE, Fingerprints, Manifest
 from adapters.store import AdapterStore
 from adapters.tensors import refuse_unsafe_files
+from eda.backends.loading import load_fine_tune
 from eda.draft import DraftModel
 from eda.errors import EdaError, MismatchError
 from eda.private import PrivateConfig, PrivateModule
-from eda.target import FineTune, TargetModel, load_fine_tune
+from eda.target import FineTune, TargetModel
 
 
 class Loader(Protocol):

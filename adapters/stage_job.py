@@ -13,10 +13,11 @@ from adapters.pipeline import StageContext
 from adapters.recorded import RecordedPrompts
 from adapters.spec import DRAFT_ROOM, AdaptationSpec
 from adapters.workspaces import PROMPTS_FILE, SAMPLES_FILE
+from eda.backends.loading import load_fine_tune, load_target
 from eda.draft import DraftModel
 from eda.errors import DataError, MismatchError
 from eda.speculative import SpeculativeDecoder
-from eda.target import FineTune, TargetModel, load_fine_tune
+from eda.target import FineTune, TargetModel
 from eda.training.evaluate import EvaluationConfig
 from eda.training.progress import OnProgress, ProgressEvent, StageStoppedError
 from eda.training.prompts import ChatFormat, Prompt, read_prompts, split_held_out
@@ -66,7 +67,7 @@ class StageModels:
         """Raises ``CheckpointError``, or ``MismatchError`` when the fine-tune is not the one that was posted."""
         place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         wanted = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-        base = TargetModel.load(target, dtype=wanted, device=place)
+        base = load_target(target, dtype=wanted, device=place)
         path = Path(spec.fine_tune_path)
         is_base = spec.kind == "target"
         fine_tune = FineTune(spec.adapter, base) if is_base else load_fine_tune(path, base, spec.adapter)

@@ -39,9 +39,9 @@ from benchmarks.peers.interface import (
     first_line,
 )
 from benchmarks.peers.plain_checkpoint import write_plain_checkpoint
+from eda.backends.loading import load_fine_tune
 from eda.private import PrivateModule
 from eda.speculative import SpeculativeDecoder
-from eda.target import load_fine_tune
 from recipes.acceptance import newest_private_module
 from server.engine.speculation import SpeculationTable
 from server.models import ModelPaths, choose_device, load_pair, model_paths

@@ -16,10 +16,11 @@ import torch
 
 from adapters.loading import ModelLoader
 from adapters.store import AdapterStore
+from eda.backends.loading import load_fine_tune, load_target
 from eda.draft import DraftModel
 from eda.private import PrivateModule
 from eda.speculative import Speculation, SpeculativeDecoder
-from eda.target import FineTune, TargetModel, load_fine_tune
+from eda.target import FineTune
 from eda.training.evaluate import EvaluationConfig, Variant, evaluate
 from eda.training.prompts import ChatFormat, Prompt
 from recipes.text import FINE_TUNE_DOMAINS, eval_rows
@@ -46,7 +47,7 @@ def newest_private_module(
 
 def measure_family(models: Path, data: Path, count: int, max_tokens: int, length: int) -> dict[str, Any]:
     """Measurements by model, way of decoding and temperature, as JSON."""
-    target = TargetModel.load(models / "base")
+    target = load_target(models / "base")
     draft = DraftModel.load(models / "draft", dtype=target.dtype)
     loader = ModelLoader(target, draft)
     store = AdapterStore(models / "adapters")

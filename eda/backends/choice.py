@@ -14,6 +14,7 @@ from eda.backends.eager.verifier import RulesVerifier
 from eda.draft import DraftModel
 from eda.drafting import Proposer
 from eda.kernel_proposals import CpuDrafter, CpuDraftLayer, CpuProposer
+from eda.kernels.body import CpuBody
 from eda.kernels.draft import supports
 from eda.kernels.parallel import kernel_threads_only
 from eda.kernels.verification import CpuVerifier
@@ -47,7 +48,7 @@ def choose_backend(
         block_verification: accept sampled chains as blocks.
     """
     verifier: Verifier = RulesVerifier(generator, block=block_verification)
-    if target.has_kernel:
+    if isinstance(target.body, CpuBody):
         if not block_verification:
             verifier = CpuVerifier(verifier, generator)
         cache = target.new_cache(num_slots)

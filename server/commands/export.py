@@ -10,9 +10,9 @@ from adapters.errors import AdapterServiceError, InvalidInputError, UnknownVersi
 from adapters.export import EXPORT_TYPES, ExportType, export_draft
 from adapters.loading import ModelLoader
 from adapters.store import AdapterStore
+from eda.backends.loading import load_target
 from eda.draft import DraftModel
 from eda.errors import EdaError
-from eda.target import TargetModel
 
 
 def export(
@@ -53,7 +53,7 @@ def export(
             raise InvalidInputError(f"--store is {store}; there is no such directory")
         stored: ExportType = dtype
         loader = ModelLoader(
-            TargetModel.load(target, dtype=torch.float32), DraftModel.load(draft, dtype=torch.float32)
+            load_target(target, dtype=torch.float32), DraftModel.load(draft, dtype=torch.float32)
         )
         model = loader.base if fine_tune is None else loader.fine_tune(fine_tune, name or fine_tune.name)
         manifest = private = None

@@ -14,6 +14,7 @@ import typer
 from adapters.errors import AdapterServiceError
 from adapters.loading import ModelLoader
 from adapters.store import AdapterStore
+from eda.backends.loading import load_fine_tune
 from eda.draft import DraftModel
 from eda.errors import EdaError, MismatchError
 from eda.generation import Generation, GenerationRequest, summarise
@@ -21,7 +22,7 @@ from eda.generation import generate as generate_batch
 from eda.private import PrivateModule
 from eda.sampling import SamplingParams
 from eda.speculative import Speculation, SpeculativeDecoder
-from eda.target import FineTune, TargetModel, load_fine_tune
+from eda.target import FineTune, TargetModel
 from server.models import ModelPaths, choose_device, load_pair, model_paths
 from server.settings import ConfigurationError, Settings, load_settings
 from server.tokenizer import ChatTemplateError, TextTokenizer

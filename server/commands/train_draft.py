@@ -7,8 +7,8 @@ from typing import Annotated
 import torch
 import typer
 
+from eda.backends.loading import load_target
 from eda.errors import EdaError
-from eda.target import TargetModel
 from eda.training.progress import ProgressEvent, StageStoppedError
 from eda.training.prompts import ChatFormat, Prompt, read_prompts, read_texts
 from eda.training.regenerate import RegenerationConfig
@@ -99,7 +99,7 @@ def train_draft(
         torch.set_num_threads(num_threads)
     try:
         rows = read_prompts(prompts)
-        model = TargetModel.load(target, device=choose_device(device))
+        model = load_target(target, device=choose_device(device))
         chat = ChatFormat.load(target, eos_ids=model.config.eos_token_ids)
         counted = [text for path in vocabulary_prompts or () for text in _texts_of(read_prompts(path))]
         with progress_bars(quiet) as show, stop_on_interrupt() as should_stop:

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from adapters.loading import ModelLoader
 from adapters.store import AdapterStore
+from eda.backends.loading import load_target
 from eda.draft import DraftModel
 from eda.sampling_params import SamplingParams
 from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
-from eda.target import TargetModel
 from server.cli import app
 from server.settings import BUNDLED_MODELS as MODELS
 from server.tokenizer import TextTokenizer
@@ -62,7 +62,7 @@ def prompts() -> list[list[int]]:
 
 def own(with_private: bool) -> dict[str, object]:
     """What greedy chains of this project draft and accept, in vLLM's terms."""
-    base = TargetModel.load(MODELS / "base", dtype=torch.float32)
+    base = load_target(MODELS / "base", dtype=torch.float32)
     loader = ModelLoader(base, DraftModel.load(MODELS / "draft", dtype=torch.float32))
     fine_tune = loader.fine_tune(MODELS / "math", "math")
     private = None

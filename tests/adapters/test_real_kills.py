@@ -19,7 +19,7 @@ from adapters.spec import AdaptationSpec, DataSpec, TrainingOptions
 from adapters.stage_job import AdaptationDefaults, StageModels
 from adapters.stages import TrainingStages
 from adapters.worker_process import WorkerSettings, run_worker
-from eda.target import TargetModel, load_fine_tune
+from eda.backends.loading import load_fine_tune, load_target
 from tests.adapters.helpers import Service, wait_for, warm_processes
 from tests.support.family import save_family
 
@@ -45,7 +45,7 @@ def work(settings: WorkerSettings, loaded: Connection) -> None:
 
 
 def submit(setup: Service, family: Path, name: str) -> str:
-    fine_tune = load_fine_tune(family / "math", TargetModel.load(family / "base"), name)
+    fine_tune = load_fine_tune(family / "math", load_target(family / "base"), name)
     entry = new_entry(name, "posted", "lora", str(family / "math"), fine_tune.fingerprint)
     job_id = new_job_id()
     spec = AdaptationSpec(

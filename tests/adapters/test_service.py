@@ -34,6 +34,7 @@ from adapters.store import AdapterStore
 from adapters.submission import AdaptationOptions, DataLimits, DataSource, TargetSource
 from adapters.traffic import TrafficRecorder
 from adapters.workspaces import Workspaces
+from eda.backends.loading import load_target
 from eda.draft import DraftModel
 from eda.target import TargetModel
 from tests.adapters.databases import url_of
@@ -298,7 +299,7 @@ def test_a_hub_id_is_never_a_local_directory(
 def churn(data_dir: str, root: str, database_url: str, seed: int, ready: Connection) -> None:
     """A server's life in short: restores everything, then creates, activates and deletes until it is killed."""
     torch.set_num_threads(1)
-    base = TargetModel.load(Path(root) / "base")
+    base = load_target(Path(root) / "base")
     draft = DraftModel.load(Path(root) / "draft")
     service = make_service(Path(data_dir), base, draft, Path(root), database_url)
     service.configure({})

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from eda.backends.eager.draft_layer import TorchDraftLayer
 from eda.backends.eager.drafter import ChainTreeDrafter
+from eda.backends.loading import load_target
 from eda.draft import DraftConfig, DraftModel
 from eda.drafting import Reading
 from eda.errors import MismatchError
@@ -25,7 +26,7 @@ from eda.proposal import Proposal
 from eda.proposer import EagerProposer
 from eda.sampling import SamplingParams
 from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
-from eda.target import FineTune, TargetModel
+from eda.target import FineTune
 from tests.support.backends import use_drafter
 from tests.support.reference_family import Family, make_family
 
@@ -345,7 +346,7 @@ def test_logprobs_are_those_of_the_target_with_and_without_drafting(family: Fami
 def test_bfloat16_emits_only_tokens_within_a_stated_gap_of_the_argmax(family: Family) -> None:
     """One token and several use different kernels in bfloat16, so equality is not promised; this bound is."""
     gap = 0.25
-    base = TargetModel.load(family.paths["base"], dtype=torch.bfloat16)
+    base = load_target(family.paths["base"], dtype=torch.bfloat16)
     draft = DraftModel.load(family.paths["draft"], dtype=torch.bfloat16)
     decoder = SpeculativeDecoder.for_models(base, draft, num_slots=512)
     rng = random.Random(10)

@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from adapters.loading import ModelLoader
 from adapters.store import AdapterStore
+from eda.backends.loading import load_fine_tune, load_target
 from eda.draft import DraftModel
-from eda.target import TargetModel, load_fine_tune
 from server.cli import app
 from tests.support.family import save_family
 
@@ -45,7 +45,7 @@ def test_train_draft_writes_a_draft_for_this_target(family: Path, tmp_path: Path
     output = run(*arguments)
     assert "vocabulary 64 of" in output
     draft = DraftModel.load(tmp_path / "draft")
-    assert draft.config.target_fingerprint == TargetModel.load(family / "base").fingerprint
+    assert draft.config.target_fingerprint == load_target(family / "base").fingerprint
     assert run(*arguments) == output
 
 
@@ -54,7 +54,7 @@ def test_adapt_publishes_a_version_that_loads_and_says_so_again(family: Path, tm
     output = run(*adapt_arguments(family, store))
     assert "adapted" in output
     assert "math/1" in output.replace("\n", "")
-    base = TargetModel.load(family / "base")
+    base = load_target(family / "base")
     loader = ModelLoader(base, DraftModel.load(family / "draft"))
     fine_tune = load_fine_tune(family / "math", base, "math")
     manifest, module = loader.private_module(AdapterStore(store), "math", 1, fine_tune.fingerprint)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from eda.backends.loading import load_fine_tune
 from eda.lora import LoraAdapter
-from eda.target import TargetModel, load_fine_tune
+from eda.target import TargetModel
 from tests.support.narrow import load, narrow_lora, narrow_target, outputs_of
 from tests.support.passes import Row, complete, random_tokens, run
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from eda.answers import Need
 from eda.attention import AttentionRow, PackedBatch
-from eda.target import TargetModel
+from eda.backends.loading import load_target
+from eda.target import TargetModel, TorchBody
 from tests.support.narrow import load, mean_error, narrow_target, outputs_of
 from tests.support.passes import Row, complete, random_tokens, reference, reference_logits, run
 
@@ -176,6 +177,6 @@ def test_what_the_passes_cannot_do_runs_on_torch(
     path = narrow_target(tmp_path, architecture, **sizes)
     tokens = random_tokens(12, seed=5)
     found = complete(load(path, kernel=False), tokens)
-    assert torch.equal(complete(TargetModel.load(path, dtype=torch.bfloat16), tokens), found)
-    assert not TargetModel.load(path, dtype=torch.bfloat16).has_kernel
+    assert torch.equal(complete(load_target(path, dtype=torch.bfloat16), tokens), found)
+    assert isinstance(load_target(path, dtype=torch.bfloat16).body, TorchBody)
     assert mean_error([found], [reference_logits(reference(path), tokens)]) < 0.1

@@ -7,7 +7,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from eda.target import TargetModel, load_fine_tune
+from eda.backends.loading import load_fine_tune
+from eda.target import TargetModel
 from tests.support.narrow import load, mean_error, narrow_lora, narrow_target
 from tests.support.passes import Row, complete, random_tokens, reference, reference_logits, run
 

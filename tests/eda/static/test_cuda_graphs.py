@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from eda.backends.loading import load_fine_tune, load_target
 from eda.draft import DraftModel
 from eda.speculative import SequenceState, Speculation, SpeculativeDecoder
 from eda.static.replay import CudaGraphBackend, GraphCache
-from eda.target import FineTune, TargetModel, load_fine_tune
+from eda.target import FineTune
 from tests.support.graph_decoding import (
     CHAIN,
     PLAIN,
@@ -117,7 +118,7 @@ def test_the_installed_torch_takes_the_arguments() -> None:
 
 def on_gpu(family: Family, dtype: torch.dtype = torch.float32) -> Family:
     """The same family on the GPU."""
-    base = TargetModel.load(family.paths["base"], dtype=dtype, device="cuda")
+    base = load_target(family.paths["base"], dtype=dtype, device="cuda")
     fine_tunes = {"base": FineTune("base", base)}
     fine_tunes |= {
         name: load_fine_tune(family.paths[name], base, name) for name in ("math", "code", "medical")

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from eda.backends.loading import load_fine_tune
 from eda.speculative import SpeculativeDecoder
 from eda.static.replay import MAX_FAILURES, GraphCache, Replay, RerunBackend, _check_same
-from eda.target import load_fine_tune
 from tests.support.graph_decoding import (
     CHAIN,
     PLAIN,
