@@ -1,4 +1,4 @@
-"""The speculative step: propose -> verify -> accept, for a batch of sequences.
+"""The speculative step: propose -> run the target -> verify -> accept, for a batch of sequences.
 
 One ``SpeculativeDecoder.step`` runs the draft for every row that speculates, one target pass over all rows (prompt
 chunks included), and accepts what the target agrees with. Plain decoding is the same step without a proposal. The
