@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from eda.answers import Logits
 from eda.attention import AttentionRow, PackedBatch
 from eda.draft import DraftModel
 from eda.generation import GenerationRequest, measure
@@ -161,8 +162,8 @@ def verification_cost(fine_tune: FineTune, prompt: Sequence[int], num_tokens: in
         batch = PackedBatch(positions, positions, [AttentionRow(0, count, 0, start + count)], positions + 1)
         began = time.perf_counter()
         output = model(ids, batch, cache, fine_tune.lora_segments(0, count), wanted=range(count))
-        assert output.logits is not None
-        float(output.logits[0, 0])  # waits for an accelerator
+        assert isinstance(output.answer, Logits)
+        float(output.answer.values[0, 0])  # waits for an accelerator
         return time.perf_counter() - began
 
     run(0, len(prompt))
