@@ -42,8 +42,9 @@ from benchmarks.own_engine import KINDS, Family, OwnEngine, own_contestants, own
 from benchmarks.peers.interface import Prompt
 from eda.backends.choice import GraphChoice
 from eda.draft import DraftConfig, DraftModel
+from eda.kinds import Off
 from eda.private import PrivateModule
-from eda.speculative import Speculation, SpeculativeDecoder
+from eda.speculative import SpeculativeDecoder
 from eda.static.replay import Backend, CudaGraphBackend, GraphCache, RerunBackend
 from eda.target import FineTune, TargetModel, default_tap_layers
 from server.engine.speculation import SpeculationTable
@@ -155,10 +156,10 @@ def seconds_per_round(
     speculation = SpeculationTable.default().levels[0].speculation()
     results = {}
     for kind in KINDS:
-        shape = Speculation("none") if kind == "none" else speculation
+        shape = Off() if kind == "none" else speculation
         choice = GraphCache(graph_backend(target.device), capture_after=1) if graphs else "off"
         # Every round can accept a whole draft, and those are the tokens that its slots are for.
-        longest = prompt + (4 + rounds) * (shape.num_speculative_tokens + 1) + shape.slots
+        longest = prompt + (4 + rounds) * (shape.num_nodes + 1) + shape.slots
         decoder = SpeculativeDecoder.for_models(target, draft, num_slots=longest, graphs=choice)
         engine = OwnEngine(decoder, family, kind, shape, 1)
         prompts = [Prompt("large", [index % target.config.vocab_size for index in range(prompt)])]

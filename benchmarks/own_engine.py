@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from benchmarks.peers.interface import Completion, Contestant, Prompt
 from eda.draft import DraftModel
 from eda.generation import GenerationRequest, generate
+from eda.kinds import Off, Speculation
 from eda.private import PrivateModule
 from eda.sampling import SamplingParams
-from eda.speculative import Speculation, SpeculativeDecoder
+from eda.speculative import SpeculativeDecoder
 from eda.target import FineTune, TargetModel
 from server.engine.speculation import SpeculationTable
 
@@ -33,10 +34,7 @@ def own_name(kind: str, concurrency: int) -> str:
 
 def speculation_at(table: SpeculationTable, concurrency: int) -> Speculation:
     """What ``table`` drafts for that many sequences at a time."""
-    for level in table.levels:
-        if concurrency <= level.max_batch_size:
-            return level.speculation()
-    return table.levels[-1].speculation()
+    return table.level_for(concurrency).speculation()
 
 
 class OwnEngine:
@@ -100,7 +98,7 @@ def own_contestants(
         for kind in kinds:
             if kind in missing:
                 continue
-            speculation = Speculation("none") if kind == "none" else speculation_at(table, concurrency)
+            speculation = Off() if kind == "none" else speculation_at(table, concurrency)
             engine = OwnEngine(decoder, family, kind, speculation, concurrency)
             contestants.append(Contestant(own_name(kind, concurrency), engine, concurrency))
     return contestants

@@ -20,8 +20,9 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks.compare import load_family
+from eda.kinds import Chain, Off
 from eda.sampling import SamplingParams
-from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
+from eda.speculative import ScheduledRow, SequenceState, SpeculativeDecoder
 from server.models import model_paths
 from server.settings import load_settings
 
@@ -140,8 +141,8 @@ def main() -> None:
     )
     weights = per_layer * config.num_layers + config.vocab_size * config.hidden_size
     for name, speculation in (
-        ("plain", Speculation("none")),
-        (f"chain of {arguments.length}", Speculation("chain", arguments.length)),
+        ("plain", Off()),
+        (f"chain of {arguments.length}", Chain(arguments.length)),
     ):
         decoder = SpeculativeDecoder.for_models(target, draft, num_slots=2048, seed=0)
         watch = Stopwatch()
@@ -158,7 +159,7 @@ def main() -> None:
             speculation=speculation,
         )
         medians, emitted = profile(decoder, state, watch, arguments.steps)
-        tokens = 1 if speculation.mode == "none" else arguments.length + 1
+        tokens = speculation.num_nodes + 1
         size = target.dtype.itemsize
         floor = max(weights * size / bandwidth, 2 * weights * tokens / rate)
         print(f"\n{name}: {emitted:.2f} tokens a step")

@@ -18,8 +18,9 @@ import torch
 
 from benchmarks.compare import DOMAINS, load_family
 from benchmarks.own_engine import KINDS, Family
+from eda.kinds import Off
 from eda.sampling import SamplingParams
-from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
+from eda.speculative import ScheduledRow, SequenceState, SpeculativeDecoder
 from eda.training.prompts import ChatFormat
 from recipes.acceptance import held_out_prompts
 from server.engine.sequence import DraftMode, SequenceLabels, StepStats
@@ -58,7 +59,7 @@ class Contender:
         self._private = family.privates[domain] if kind == "private" else None
         self._labels = SequenceLabels(domain, kind)
         self._policy = SpeculationPolicy(table)
-        self._start = Speculation("none", 0) if kind == "none" else self._policy.largest
+        self._start = Off() if kind == "none" else self._policy.largest
 
     def run(
         self,

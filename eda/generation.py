@@ -5,9 +5,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from eda.kinds import Chain, Speculation
 from eda.private import PrivateModule
 from eda.sampling import SamplingParams
-from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
+from eda.speculative import ScheduledRow, SequenceState, SpeculativeDecoder
 from eda.target import FineTune
 from eda.verification import TokenLogprobs
 
@@ -25,7 +26,7 @@ class GenerationRequest:
     max_tokens: int
     eos_ids: frozenset[int] = frozenset()
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0.0))
-    speculation: Speculation = field(default_factory=Speculation)
+    speculation: Speculation = field(default_factory=Chain)
     private: PrivateModule | None = None
     fine_tune: FineTune | None = None
 

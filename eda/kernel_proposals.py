@@ -14,6 +14,7 @@ from eda.drafting import Proposer, Reading, place_tokens, private_segments
 from eda.kernels.draft import DraftHead, DraftKernel
 from eda.kernels.library import DraftRow
 from eda.kernels.verification import sampling_of
+from eda.kinds import Chain
 from eda.kv_cache import KVCache
 from eda.lora import LoraAdapter
 from eda.private import PrivateSegment
@@ -110,7 +111,7 @@ class CpuDraftLayer:
         for state, num_steps, length in zip(states, steps, lengths, strict=True):
             head = self._head(state.fine_tune)
             row = DraftRow(state.slot_start, state.draft_length, num_steps, start, length)
-            row.min_probability = state.speculation.min_probability
+            row.min_probability = state.min_probability
             row.head, row.embedding = head.packed.pointer, head.embedding.data_ptr()
             if state.private is not None:
                 private = self._kernel.private(state.private)
@@ -176,4 +177,4 @@ def _is_covered(request: DraftRequest) -> bool:
     if not request.length:
         return True
     state = request.state
-    return state.speculation.mode == "chain" and state.sampling.demand in CHAINS_COVER
+    return isinstance(state.speculation, Chain) and state.sampling.demand in CHAINS_COVER

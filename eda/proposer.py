@@ -78,11 +78,11 @@ class EagerProposer:
                 paths[row].append(token)
                 if draft_probs is not None and states[row].is_sampled:
                     probabilities[row].append(draft_probs[index])
-            if any(state.speculation.min_probability for state in active):
+            if any(state.min_probability for state in active):
                 chosen = logits.log_softmax(-1).gather(1, columns[:, None])[:, 0].tolist()
                 for row, score in zip(places, chosen, strict=True):
                     joint[row] += score
-                    if joint[row] < math.log(states[row].speculation.min_probability or 1e-30):
+                    if joint[row] < math.log(states[row].min_probability or 1e-30):
                         wanted[row] = (
                             step + 1
                         )  # the token stays: stopping never depends on one that is thrown away

@@ -16,16 +16,17 @@ from eda.backends.base import Backend, Drafter, DraftRequest, PassPlan
 from eda.backends.choice import GraphChoice, choose_backend
 from eda.draft import DraftModel
 from eda.errors import MismatchError
+from eda.kinds import Speculation
 from eda.kv_cache import KVCache
 from eda.packing import StepRow
 from eda.sampling import TokenHistory
 from eda.sampling_params import SamplingDemand
-from eda.state import SequenceState, Speculation
+from eda.state import SequenceState
 from eda.target import TargetModel
 from eda.transfers import upload
 from eda.verification import AnswerLines, TokenLogprobs, Verdict, VerificationRow
 
-__all__ = ["ScheduledRow", "SequenceState", "Speculation", "SpeculativeDecoder", "StepResult"]
+__all__ = ["ScheduledRow", "SequenceState", "SpeculativeDecoder", "StepResult"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,13 +129,13 @@ class SpeculativeDecoder:
 
     def _drafter(self, state: SequenceState) -> Drafter | None:
         """What drafts for the sequence now; ``None`` where nothing does."""
-        drafter = self.backend.drafters.get(state.speculation.mode) if state.drafts else None
+        drafter = self.backend.drafters.get(type(state.speculation)) if state.drafts else None
         if drafter is not None and drafter.taps is not None and not state.keeps_features:
             return None  # nobody kept what it would read
         return drafter
 
     def _capacity(self, state: SequenceState) -> int:
-        drafts = state.drafts and state.speculation.mode in self.backend.drafters
+        drafts = state.drafts and type(state.speculation) in self.backend.drafters
         return state.max_length + (state.speculation.slots if drafts else 0)
 
     def fits(self, state: SequenceState) -> bool:
@@ -148,7 +149,7 @@ class SpeculativeDecoder:
     def admit(self, state: SequenceState) -> None:
         """Reserves cache slots for the sequence's whole life. Raises ``CacheFullError``."""
         state.extent = self.cache.allocator.allocate(self._capacity(state))
-        drafter = self.backend.drafters.get(state.speculation.mode)
+        drafter = self.backend.drafters.get(type(state.speculation))
         state.drafts = state.drafts and drafter is not None
         state.keeps_features = state.drafts and drafter is not None and drafter.taps is not None
         if state.sampling.needs_history:
@@ -290,14 +291,9 @@ def _draft_length(row: StepRow) -> int:
         return 0
     # The verifying pass always emits one token itself, so the last position needs no draft.
     room = state.max_length - len(state.token_ids) - 1
-    length = min(state.speculation.num_speculative_tokens, room)
     # A speculation set after admission may ask for more slots than were reserved.
-    extent = state.extent
-    if extent is not None and len(state.token_ids) + state.speculation.slots > extent.capacity:
-        length = (
-            0 if state.speculation.mode == "tree" else min(length, extent.capacity - len(state.token_ids) - 1)
-        )
-    return max(0, length)
+    free = 0 if state.extent is None else state.extent.capacity - len(state.token_ids)
+    return state.speculation.fitting(room, free)
 
 
 def check_draft_fits(draft: DraftModel, target: TargetModel) -> None:

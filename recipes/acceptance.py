@@ -18,8 +18,9 @@ from adapters.loading import ModelLoader
 from adapters.store import AdapterStore
 from eda.backends.loading import load_fine_tune, load_target
 from eda.draft import DraftModel
+from eda.kinds import Chain
 from eda.private import PrivateModule
-from eda.speculative import Speculation, SpeculativeDecoder
+from eda.speculative import SpeculativeDecoder
 from eda.target import FineTune
 from eda.training.evaluate import EvaluationConfig, Variant, evaluate
 from eda.training.prompts import ChatFormat, Prompt
@@ -51,7 +52,7 @@ def measure_family(models: Path, data: Path, count: int, max_tokens: int, length
     draft = DraftModel.load(models / "draft", dtype=target.dtype)
     loader = ModelLoader(target, draft)
     store = AdapterStore(models / "adapters")
-    config = EvaluationConfig(max_tokens=max_tokens, speculation=Speculation("chain", length))
+    config = EvaluationConfig(max_tokens=max_tokens, speculation=Chain(length))
     decoder = SpeculativeDecoder.for_models(target, draft, num_slots=config.num_slots, seed=0)
     measured: dict[str, Any] = {}
     for name in ("base", *FINE_TUNE_DOMAINS):

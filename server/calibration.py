@@ -12,9 +12,10 @@ from eda.answers import Logits
 from eda.attention import AttentionRow, PackedBatch
 from eda.draft import DraftModel
 from eda.generation import GenerationRequest, measure
+from eda.kinds import Chain, Tree
 from eda.private import PrivateModule
 from eda.sampling import SamplingParams
-from eda.speculative import Speculation, SpeculativeDecoder
+from eda.speculative import SpeculativeDecoder
 from eda.target import FineTune, TargetModel
 from server.engine.speculation import TORCH_COSTS, DraftCosts, SpeculationLevel
 
@@ -43,16 +44,13 @@ class CalibrationPlan:
     max_length: int = 6
     repeats: int = 3
 
-    def candidates(self, batch_size: int, temperature: float = 0.0) -> list[Speculation]:
+    def candidates(self, batch_size: int, temperature: float = 0.0) -> list[Chain | Tree]:
         """Plain decoding first. Trees for greedy sequences alone."""
-        found = [Speculation("chain", 0)]
-        found += [Speculation("chain", length) for length in range(1, self.max_length + 1)]
-        found += [
-            Speculation("chain", self.max_length, min_probability=probability)
-            for probability in MIN_PROBABILITIES
-        ]
+        found: list[Chain | Tree] = [Chain(0)]
+        found += [Chain(length) for length in range(1, self.max_length + 1)]
+        found += [Chain(self.max_length, min_probability=probability) for probability in MIN_PROBABILITIES]
         if batch_size <= LARGEST_TREE_BATCH and not temperature:
-            found += [Speculation("tree", depth) for depth in range(3, self.max_length + 1)]
+            found += [Tree(depth) for depth in range(3, self.max_length + 1)]
         return found
 
 
@@ -67,6 +65,12 @@ class Measurement:
     mean_acceptance_length: float
     min_probability: float = 0.0
     temperature: float = 0.0
+
+    @property
+    def speculation(self) -> Chain | Tree:
+        """What was measured."""
+        length = self.num_speculative_tokens
+        return Tree(length) if self.mode == "tree" else Chain(length, self.min_probability)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -132,15 +136,14 @@ def _measure_all(
                 lengths[place] = throughput.mean_acceptance_length
     found = []
     for speculation, values, length in zip(candidates, rates, lengths, strict=True):
-        mode: Literal["chain", "tree"] = "tree" if speculation.mode == "tree" else "chain"
         found.append(
             Measurement(
                 len(prompts),
-                mode,
-                speculation.num_speculative_tokens,
+                speculation.mode,
+                speculation.depth if isinstance(speculation, Tree) else speculation.length,
                 round(median(values), 3),
                 round(length, 4),
-                speculation.min_probability,
+                0.0 if isinstance(speculation, Tree) else speculation.min_probability,
                 temperature,
             )
         )

@@ -9,7 +9,8 @@ from adapters.service import AdapterService
 from adapters.traffic import TrafficRecord
 from adapters.watcher import RegistryWatcher
 from eda.backends.base import BackendName
-from eda.speculative import Speculation, SpeculativeDecoder
+from eda.kinds import Speculation
+from eda.speculative import SpeculativeDecoder
 from server.adaptation import make_adapter_service, make_worker
 from server.adapter_metrics import AdapterMetrics
 from server.engine.async_engine import AsyncEngine
@@ -128,12 +129,7 @@ def _usual_rounds(
     table: SpeculationTable, batches: Iterable[int], max_running: int
 ) -> list[tuple[int, Speculation]]:
     """How each of these numbers of sequences drafts, by the table."""
-    rounds = []
-    for num_rows in batches:
-        if num_rows <= max_running:
-            levels = [level for level in table.levels if num_rows <= level.max_batch_size]
-            rounds.append((num_rows, (levels or table.levels[-1:])[0].speculation()))
-    return rounds
+    return [(size, table.level_for(size).speculation()) for size in batches if size <= max_running]
 
 
 def _table(settings: Settings, backend: BackendName) -> SpeculationTable:

@@ -12,10 +12,11 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from eda.answers import Answer, Need
+from eda.kinds import Speculation
 from eda.kv_cache import KVCache
 from eda.packing import PassRow
 from eda.proposal import Proposal
-from eda.state import SequenceState, Speculation
+from eda.state import SequenceState
 from eda.target import TapLayers, TargetModel
 from eda.verification import AnswerLines, Verdict, VerificationRow
 
@@ -93,8 +94,8 @@ class Backend:
     """The target's; its slots are given to sequences."""
     target: TargetRunner
     verifier: Verifier
-    drafters: Mapping[str, Drafter]
-    """By the mode of a sequence's speculation. Without one for its mode, a sequence is decoded plainly."""
+    drafters: Mapping[type[Speculation], Drafter]
+    """By the class of a sequence's speculation. Without one for its class, a sequence is decoded plainly."""
     usual_batches: tuple[int, ...] = ()
     """Numbers of sequences that ``prepare`` pays for."""
     around_step: Callable[[], AbstractContextManager[object]] = nullcontext

@@ -18,8 +18,8 @@ from eda.kernels.body import CpuBody
 from eda.kernels.draft import supports
 from eda.kernels.parallel import kernel_threads_only
 from eda.kernels.verification import CpuVerifier
+from eda.kinds import Chain, Speculation, Tree
 from eda.proposer import EagerProposer
-from eda.state import Speculation
 from eda.static.draft_passes import RecordedProposer
 from eda.static.replay import Backend as Recorder
 from eda.static.replay import CudaGraphBackend, GraphCache
@@ -52,9 +52,9 @@ def choose_backend(
         if not block_verification:
             verifier = CpuVerifier(verifier, generator)
         cache = target.new_cache(num_slots)
-        drafters: Mapping[str, Drafter] = {}
+        drafters: Mapping[type[Speculation], Drafter] = {}
         if draft is not None:
-            drafters = _by_mode(_drafter(draft, num_slots, generator, None)[0])
+            drafters = _by_kind(_drafter(draft, num_slots, generator, None)[0])
         return Backend("cpu", cache, EagerTarget(cache), verifier, drafters, around_step=kernel_threads_only)
     recordings = _recordings(graphs, target)
     spare = 0 if recordings is None else MAX_TOKENS
@@ -62,7 +62,7 @@ def choose_backend(
     drafters, recorded = {}, None
     if draft is not None:
         drafter, recorded = _drafter(draft, num_slots, generator, recordings)
-        drafters = _by_mode(drafter)
+        drafters = _by_kind(drafter)
     runner: TargetRunner = EagerTarget(cache)
     if recordings is None:
         return Backend("torch", cache, runner, verifier, drafters)
@@ -72,8 +72,8 @@ def choose_backend(
     return Backend("recorded", cache, runner, verifier, drafters, usual_batches=ROWS, prepare=prepare)
 
 
-def _by_mode(drafter: Drafter) -> dict[str, Drafter]:
-    return {"chain": drafter, "tree": drafter}
+def _by_kind(drafter: Drafter) -> dict[type[Speculation], Drafter]:
+    return {Chain: drafter, Tree: drafter}
 
 
 def _recordings(choice: GraphChoice, target: TargetModel) -> GraphCache | None:

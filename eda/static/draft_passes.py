@@ -8,11 +8,12 @@ from torch import Tensor
 from eda.chains import cut_chains
 from eda.draft import DraftModel
 from eda.drafting import Proposer, Reading
+from eda.kinds import Chain, Off, Speculation, Tree
 from eda.kv_cache import KVCache
 from eda.proposal import Proposal
 from eda.sampling import draw_uniforms
 from eda.sampling_params import SamplingDemand
-from eda.state import SequenceState, Speculation
+from eda.state import SequenceState
 from eda.static.draft_functions import (
     ChainBuffers,
     DraftOwners,
@@ -305,8 +306,11 @@ class RecordedProposer:
         """Makes the recordings of a round that drafts greedily without a private module, where that is a shape."""
         owners, count = DraftOwners.of(fine_tune, None), round_up(num_rows, ROWS)
         keys_of_row = None if count is None else num_keys(keys, count)
-        depth, references = speculation.num_speculative_tokens, owners.references()
-        if count is None or keys_of_row is None or speculation.mode == "none" or depth == 0:
+        references = owners.references()
+        if isinstance(speculation, Off) or count is None or keys_of_row is None:
+            return
+        depth = speculation.length if isinstance(speculation, Chain) else speculation.depth
+        if depth == 0:
             return
         width = round_up(depth + 1, EXTENSIONS)
         if width is not None and count * width <= MAX_TOKENS:
@@ -317,15 +321,15 @@ class RecordedProposer:
                 self._load_extension(inputs, None, count, width)
                 self._graphs.run(key, self._extension_maker(owners, count, width, keys_of_row))
         num_steps = round_up(depth, CHAINS)
-        if speculation.mode == "chain" and num_steps is not None:
+        if isinstance(speculation, Chain) and num_steps is not None:
             key = self._graphs.key("draft chain", (count, num_steps, keys_of_row, False), references)
             if self._graphs.lacks(key):
                 chain = self._chain_buffers(count, num_steps)
                 chain.inputs.load(self._row_values((), (), count, slots_per_row=1))
                 self._graphs.run(key, self._chain_maker(owners, chain, keys_of_row, draws=False))
-        top_k, num_nodes = speculation.tree_top_k, speculation.tree_num_nodes
-        if speculation.mode == "tree" and count * top_k <= MAX_TOKENS:
-            shape = (count, top_k, depth, num_nodes)
+        if isinstance(speculation, Tree) and count * speculation.top_k <= MAX_TOKENS:
+            top_k = speculation.top_k
+            shape = (count, top_k, depth, speculation.num_nodes)
             key = self._graphs.key("draft tree", (*shape, keys_of_row), references)
             if self._graphs.lacks(key):
                 tree = self._tree_buffers(*shape)

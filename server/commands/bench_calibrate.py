@@ -101,17 +101,12 @@ def _show(measurements: list[Measurement], table: SpeculationTable) -> None:
                 if (m.batch_size, m.temperature) == (level.max_batch_size, temperature)
             ]
             chosen = level.speculation(sampled=temperature > 0.0)
-            best = next(
-                m
-                for m in here
-                if (m.mode, m.num_speculative_tokens, m.min_probability)
-                == (chosen.mode, chosen.num_speculative_tokens, chosen.min_probability)
-            )
+            best = next(m for m in here if m.speculation == chosen)
             plain = next(m for m in here if m.num_speculative_tokens == 0)
-            length = chosen.num_speculative_tokens
-            name = f"{chosen.mode} {length}" if length else "none"
-            if chosen.min_probability:
-                name += f", to a probability of {chosen.min_probability:g}"
+            length = best.num_speculative_tokens
+            name = f"{best.mode} {length}" if length else "none"
+            if best.min_probability:
+                name += f", to a probability of {best.min_probability:g}"
             view.add_row(
                 str(level.max_batch_size),
                 f"{temperature:g}",

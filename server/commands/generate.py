@@ -19,9 +19,10 @@ from eda.draft import DraftModel
 from eda.errors import EdaError, MismatchError
 from eda.generation import Generation, GenerationRequest, summarise
 from eda.generation import generate as generate_batch
+from eda.kinds import Chain, Off, Speculation, Tree
 from eda.private import PrivateModule
 from eda.sampling import SamplingParams
-from eda.speculative import Speculation, SpeculativeDecoder
+from eda.speculative import SpeculativeDecoder
 from eda.target import FineTune, TargetModel
 from server.models import ModelPaths, choose_device, load_pair, model_paths
 from server.settings import ConfigurationError, Settings, load_settings
@@ -98,7 +99,7 @@ def generate(
         )
         loaded = load_model(settings, model, draft)
         sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-        speculation = Speculation(shape.value, num_speculative_tokens)
+        speculation = _speculation(shape, num_speculative_tokens)
         ids = prompt_ids(loaded.tokenizer, prompt, chat)
     except (ConfigurationError, EdaError, ChatTemplateError, ValueError) as error:
         typer.echo(f"eda generate: {error}", err=True)
@@ -118,7 +119,7 @@ def generate(
         min(max_tokens, room),
         eos_ids,
         sampling,
-        Speculation("none") if used is DraftChoice.NONE else speculation,
+        Off() if used is DraftChoice.NONE else speculation,
         loaded.private if used is DraftChoice.PRIVATE else None,
     )
     generation, text, seconds = _run(loaded, request, eos_ids, show=not as_json)
@@ -204,12 +205,17 @@ def prompt_ids(tokenizer: TextTokenizer, prompt: str, chat: bool) -> list[int]:
     return tokenizer.encode(prompt)
 
 
+def _speculation(shape: Shape, length: int) -> Speculation:
+    """0 drafts nothing, in any shape. Raises ``ValueError`` for less."""
+    return Tree(length) if shape is Shape.TREE and length else Chain(length)
+
+
 def _run(
     loaded: LoadedModel, request: GenerationRequest, eos_ids: frozenset[int], *, show: bool
 ) -> tuple[Generation, str, float]:
     """The generation, its text, and the seconds that it took, the prompt's computation included."""
     num_slots = len(request.prompt_ids) + request.max_tokens + request.speculation.slots
-    draft = None if request.speculation.mode == "none" else loaded.draft
+    draft = None if isinstance(request.speculation, Off) else loaded.draft
     decoder = SpeculativeDecoder.for_models(loaded.target, draft, num_slots=num_slots)
     detokenizer = loaded.tokenizer.detokenizer()
     pieces: list[str] = []

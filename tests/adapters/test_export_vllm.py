@@ -19,8 +19,9 @@ from adapters.loading import ModelLoader
 from adapters.store import AdapterStore
 from eda.backends.loading import load_target
 from eda.draft import DraftModel
+from eda.kinds import Chain
 from eda.sampling_params import SamplingParams
-from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
+from eda.speculative import ScheduledRow, SequenceState, SpeculativeDecoder
 from server.cli import app
 from server.settings import BUNDLED_MODELS as MODELS
 from server.tokenizer import TextTokenizer
@@ -80,7 +81,7 @@ def own(with_private: bool) -> dict[str, object]:
             fine_tune=fine_tune,
             sampling=SamplingParams(temperature=0.0),
             private=private,
-            speculation=Speculation(mode="chain", num_speculative_tokens=NUM_DRAFT_TOKENS),
+            speculation=Chain(NUM_DRAFT_TOKENS),
         )
         decoder.admit(state)
         while len(state.token_ids) < len(prompt) + NUM_TOKENS:

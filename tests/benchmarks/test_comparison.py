@@ -179,8 +179,8 @@ def test_a_contestant_that_fails_or_stops_early_is_out_and_the_others_go_on() ->
 def test_drafts_follow_the_table_by_concurrency() -> None:
     levels = SpeculationTable((SpeculationLevel(1, "tree", 5), SpeculationLevel(4, "chain", 3)))
     assert speculation_at(levels, 1).mode == "tree"
-    assert speculation_at(levels, 4).num_speculative_tokens == 3
-    assert speculation_at(levels, 64).num_speculative_tokens == 3
+    assert speculation_at(levels, 4).num_nodes == 3
+    assert speculation_at(levels, 64).num_nodes == 3
 
 
 def test_share_equal_counts_places() -> None:

@@ -8,14 +8,15 @@ import pytest
 
 from eda.backends.base import DraftRequest
 from eda.generation import GenerationRequest, generate
+from eda.kinds import Chain, Off, Speculation, Tree
 from eda.proposal import Proposal
 from eda.sampling import SamplingParams
-from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
+from eda.speculative import ScheduledRow, SequenceState, SpeculativeDecoder
 from tests.support.reference_family import Family, make_family
 
 GREEDY = SamplingParams(temperature=0.0)
-CHAIN = Speculation("chain", num_speculative_tokens=4)
-TREE = Speculation("tree", num_speculative_tokens=3, tree_top_k=3, tree_num_nodes=8)
+CHAIN = Chain(4)
+TREE = Tree(3, top_k=3, num_nodes=8)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def texts_of(family: Family, requests: Sequence[GenerationRequest]) -> list[list
 def test_a_drafter_without_a_model_drafts_for_a_target_without_a_draft(family: Family) -> None:
     decoder = SpeculativeDecoder.for_models(family.base, num_slots=1024)
     drafter = RepeatingDrafter()
-    decoder.backend = replace(decoder.backend, drafters={"chain": drafter})
+    decoder.backend = replace(decoder.backend, drafters={Chain: drafter})
     requests = requests_of(family, [CHAIN])
     generations = generate(decoder, family.fine_tunes["base"], requests, max_batch=5, prefill_chunk=4)
     assert [generation.token_ids for generation in generations] == texts_of(family, requests)
@@ -81,12 +82,12 @@ def test_a_drafter_without_a_model_drafts_for_a_target_without_a_draft(family: F
 def test_two_drafters_serve_one_batch_each_by_the_mode_of_a_row(family: Family) -> None:
     decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=1024)
     drafter = RepeatingDrafter()
-    trained = decoder.backend.drafters["chain"]
-    decoder.backend = replace(decoder.backend, drafters={"chain": drafter, "tree": trained})
-    requests = requests_of(family, [CHAIN, TREE, Speculation("none")])
+    trained = decoder.backend.drafters[Chain]
+    decoder.backend = replace(decoder.backend, drafters={Chain: drafter, Tree: trained})
+    requests = requests_of(family, [CHAIN, TREE, Off()])
     generations = generate(decoder, family.fine_tunes["base"], requests, max_batch=6)
     assert [generation.token_ids for generation in generations] == texts_of(family, requests)
-    assert {request.state.speculation.mode for request in drafter.seen} == {"chain"}
+    assert {type(request.state.speculation) for request in drafter.seen} == {Chain}
     drafted = [sum(count for count, _ in generation.steps) for generation in generations]
     assert all(drafted[place] for place in range(1, 12, 3)), "trees"
     assert not any(drafted[place] for place in range(2, 12, 3)), "plain rows"
@@ -96,8 +97,8 @@ def test_a_sequence_may_change_to_a_drafter_that_reads_nothing_and_back(family: 
     """Features that the trained draft will read are kept meanwhile."""
     decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=256)
     drafter = RepeatingDrafter()
-    trained = decoder.backend.drafters["chain"]
-    decoder.backend = replace(decoder.backend, drafters={"chain": trained, "tree": drafter})
+    trained = decoder.backend.drafters[Chain]
+    decoder.backend = replace(decoder.backend, drafters={Chain: trained, Tree: drafter})
     [request] = requests_of(family, [CHAIN])[:1]
     assert request.fine_tune is not None
     state = SequenceState(
@@ -105,18 +106,18 @@ def test_a_sequence_may_change_to_a_drafter_that_reads_nothing_and_back(family: 
         len(request.prompt_ids) + 30,
         request.fine_tune,
         GREEDY,
-        speculation=Speculation("chain", 8),
+        speculation=Chain(8),
     )
     decoder.admit(state)
     assert state.keeps_features
     decoder.step([ScheduledRow(state, state.num_uncomputed)])
-    drafted = {"chain": 0, "tree": 0}
+    drafted: dict[type, int] = {Chain: 0, Tree: 0}
     while len(state.token_ids) < state.max_length:
-        state.speculation = CHAIN if len(state.token_ids) % 2 else replace(TREE, tree_num_nodes=4)
+        state.speculation = CHAIN if len(state.token_ids) % 2 else replace(TREE, num_nodes=4)
         [result] = decoder.step([ScheduledRow(state)])
-        drafted[state.speculation.mode] += result.num_draft_tokens
+        drafted[type(state.speculation)] += result.num_draft_tokens
     assert state.token_ids[len(request.prompt_ids) :][:30] == texts_of(family, [request])[0]
-    assert drafted["chain"] > 0
+    assert drafted[Chain] > 0
 
 
 def test_a_sequence_that_kept_no_features_is_not_drafted_for_by_a_draft_that_reads_them(
@@ -124,8 +125,8 @@ def test_a_sequence_that_kept_no_features_is_not_drafted_for_by_a_draft_that_rea
 ) -> None:
     decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=256)
     drafter = RepeatingDrafter()
-    trained = decoder.backend.drafters["chain"]
-    decoder.backend = replace(decoder.backend, drafters={"chain": trained, "tree": drafter})
+    trained = decoder.backend.drafters[Chain]
+    decoder.backend = replace(decoder.backend, drafters={Chain: trained, Tree: drafter})
     state = SequenceState([1, 2, 3], 30, family.fine_tunes["base"], GREEDY, speculation=TREE)
     decoder.admit(state)
     decoder.step([ScheduledRow(state, 3)])

@@ -12,10 +12,11 @@ import torch
 from scipy.stats import chisquare
 
 from eda.generation import GenerationRequest, generate
+from eda.kinds import Chain, Speculation, Tree
 from eda.private import PrivateModule
 from eda.proposer import EagerProposer
 from eda.sampling import SamplingParams
-from eda.speculative import Speculation, SpeculativeDecoder
+from eda.speculative import SpeculativeDecoder
 from tests.support.reference_family import Family, make_family
 
 NUM_ALLOWED = 4
@@ -85,9 +86,9 @@ def significance(counts: Counter[tuple[int, ...]], exact: dict[tuple[int, ...], 
 @pytest.mark.parametrize(
     ("speculation", "block"),
     [
-        (Speculation("chain", num_speculative_tokens=3), False),
-        (Speculation("chain", num_speculative_tokens=3), True),
-        (Speculation("tree", num_speculative_tokens=3, tree_top_k=3, tree_num_nodes=9), False),
+        (Chain(3), False),
+        (Chain(3), True),
+        (Tree(3, top_k=3, num_nodes=9), False),
     ],
     ids=["chain", "block", "tree"],
 )
@@ -112,5 +113,5 @@ def test_the_check_fails_when_drafts_are_accepted_unseen(
         return proposals
 
     monkeypatch.setattr(EagerProposer, "propose_chains", overconfident)
-    counts, _ = draws(family, "code", Speculation("chain", num_speculative_tokens=3))
+    counts, _ = draws(family, "code", Chain(3))
     assert significance(counts, exact_probabilities(family, "code")) < 1e-4

@@ -21,19 +21,20 @@ from eda.draft import DraftConfig, DraftModel
 from eda.drafting import Reading
 from eda.errors import MismatchError
 from eda.generation import GenerationRequest, generate
+from eda.kinds import Chain, Off, Speculation, Tree
 from eda.private import PrivateModule
 from eda.proposal import Proposal
 from eda.proposer import EagerProposer
 from eda.sampling import SamplingParams
-from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
+from eda.speculative import ScheduledRow, SequenceState, SpeculativeDecoder
 from eda.target import FineTune
 from tests.support.backends import use_drafter
 from tests.support.reference_family import Family, make_family
 
 GREEDY = SamplingParams(temperature=0.0)
-CHAIN = Speculation("chain", num_speculative_tokens=4)
-TREE = Speculation("tree", num_speculative_tokens=3, tree_top_k=3, tree_num_nodes=8)
-PLAIN = Speculation("none")
+CHAIN = Chain(4)
+TREE = Tree(3, top_k=3, num_nodes=8)
+PLAIN = Off()
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_greedy_equals_the_reference_in_mixed_batches_with_any_private_module(fa
         *(random_private(family.draft, seed) for seed in range(3)),
         random_private(family.draft, 9, rank=0),
     ]
-    modes = [CHAIN, TREE, PLAIN, Speculation("chain", num_speculative_tokens=1)]
+    modes = [CHAIN, TREE, PLAIN, Chain(1)]
     rng = random.Random(2)
     decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=1024)
     outputs = run_mixed(
@@ -225,7 +226,7 @@ def test_accepted_runs_of_every_length_leave_cache_and_features_as_a_fresh_pass(
         expected = fresh.take_pending_features()[: seen.shape[0]]
         torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-4)
         decoder.release(fresh)
-    assert accepted_counts >= set(range(speculation.num_speculative_tokens + 1))
+    assert accepted_counts >= set(range(speculation.fitting(99, 99) + 1))
 
 
 def test_pausing_and_changing_speculation_between_steps_changes_no_token(family: Family) -> None:
@@ -247,8 +248,8 @@ def test_pausing_and_changing_speculation_between_steps_changes_no_token(family:
             [
                 TREE,
                 CHAIN,
-                Speculation("chain", num_speculative_tokens=0),
-                Speculation("chain", num_speculative_tokens=30),
+                Chain(0),
+                Chain(30),
             ]
         )
         decoder.step([ScheduledRow(state)])
@@ -260,7 +261,7 @@ SEEDED_MODES = {
     "plain": (PLAIN, False),
     "shared": (CHAIN, False),
     "private": (CHAIN, True),
-    "longer": (Speculation("chain", num_speculative_tokens=7), True),
+    "longer": (Chain(7), True),
     "tree": (TREE, True),
 }
 

@@ -7,6 +7,7 @@ from eda.backends.eager.draft_layer import TorchDraftLayer
 from eda.backends.eager.drafter import ChainTreeDrafter
 from eda.drafting import Proposer
 from eda.kernel_proposals import CpuDrafter, CpuDraftLayer, CpuProposer
+from eda.kinds import Chain, Tree
 from eda.proposer import EagerProposer
 from eda.speculative import SpeculativeDecoder
 from eda.static.draft_passes import RecordedProposer
@@ -14,7 +15,7 @@ from eda.static.draft_passes import RecordedProposer
 
 def proposer_of(decoder: SpeculativeDecoder) -> Proposer:
     """What proposes chains and trees, on the decoder's own backend."""
-    drafter = decoder.backend.drafters["chain"]
+    drafter = decoder.backend.drafters[Chain]
     if isinstance(drafter, CpuDrafter):
         drafter = drafter.inner
     assert isinstance(drafter, ChainTreeDrafter)
@@ -39,4 +40,4 @@ def layer_of(decoder: SpeculativeDecoder) -> TorchDraftLayer | CpuDraftLayer:
 
 def use_drafter(decoder: SpeculativeDecoder, drafter: Drafter) -> None:
     """Lets ``drafter`` draft instead, chains and trees."""
-    decoder.backend = replace(decoder.backend, drafters={"chain": drafter, "tree": drafter})
+    decoder.backend = replace(decoder.backend, drafters={Chain: drafter, Tree: drafter})

@@ -8,16 +8,17 @@ import torch
 
 from eda.draft import DraftModel
 from eda.generation import GenerationRequest, generate
+from eda.kinds import Chain, Off, Speculation, Tree
 from eda.private import PrivateModule
 from eda.sampling import SamplingParams
-from eda.speculative import SequenceState, Speculation, SpeculativeDecoder
+from eda.speculative import SequenceState, SpeculativeDecoder
 from eda.static.replay import Backend, GraphCache, RerunBackend
 from tests.support.reference_family import Family
 
 GREEDY = SamplingParams(temperature=0.0)
-CHAIN = Speculation("chain", num_speculative_tokens=4)
-TREE = Speculation("tree", num_speculative_tokens=3, tree_top_k=3, tree_num_nodes=8)
-PLAIN = Speculation("none")
+CHAIN = Chain(4)
+TREE = Tree(3, top_k=3, num_nodes=8)
+PLAIN = Off()
 
 
 def recording(backend: Backend | None = None, *, max_graphs: int = 128, capture_after: int = 1) -> GraphCache:

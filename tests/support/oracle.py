@@ -8,9 +8,10 @@ from torch import Tensor
 
 from eda.backends.eager.draft_layer import TorchDraftLayer
 from eda.generation import GenerationRequest, generate
+from eda.kinds import Off
 from eda.proposal import Proposal
 from eda.proposer import EagerProposer
-from eda.speculative import SequenceState, Speculation, SpeculativeDecoder
+from eda.speculative import SequenceState, SpeculativeDecoder
 from tests.support.family import Family
 
 
@@ -26,7 +27,7 @@ class Oracle:
         """The first ``count`` tokens, end-of-text tokens not heeded."""
         key = (model, tuple(prompt_ids))
         if len(self._known.get(key, ())) < count:
-            request = GenerationRequest(list(prompt_ids), count, speculation=Speculation("none"))
+            request = GenerationRequest(list(prompt_ids), count, speculation=Off())
             [generation] = generate(self._decoder, self._family.fine_tunes[model], [request])
             self._known[key] = generation.token_ids
         return self._known[key][:count]

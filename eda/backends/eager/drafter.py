@@ -6,6 +6,7 @@ from torch import Tensor
 
 from eda.backends.base import DraftRequest
 from eda.drafting import Proposer, Reading, in_draft_order
+from eda.kinds import Tree
 from eda.proposal import Proposal
 from eda.target import TapLayers
 from eda.transfers import upload
@@ -71,6 +72,6 @@ def places_to_read(requests: Sequence[DraftRequest]) -> list[int]:
 
 def _shape(request: DraftRequest) -> _Shape:
     speculation = request.state.speculation
-    if speculation.mode != "tree":
+    if not isinstance(speculation, Tree):
         return None
-    return speculation.tree_top_k, request.length, speculation.tree_num_nodes
+    return speculation.top_k, request.length, speculation.num_nodes

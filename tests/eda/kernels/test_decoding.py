@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from eda.generation import GenerationRequest, generate
+from eda.kinds import Chain, Off, Speculation, Tree
 from eda.private import PrivateModule
 from eda.sampling import SamplingParams
-from eda.speculative import Speculation, SpeculativeDecoder
+from eda.speculative import SpeculativeDecoder
 from tests.support.narrow import VOCAB_SIZE, NarrowFamily, make_narrow_family
 from tests.support.passes import random_tokens
 
@@ -17,9 +18,9 @@ pytestmark = pytest.mark.usefixtures("_needs_kernels")
 
 MAX_TOKENS = 24
 GREEDY = SamplingParams(temperature=0.0)
-PLAIN = Speculation("none")
-CHAIN = Speculation("chain", num_speculative_tokens=4)
-TREE = Speculation("tree", num_speculative_tokens=4, tree_top_k=4, tree_num_nodes=14)
+PLAIN = Off()
+CHAIN = Chain(4)
+TREE = Tree(4, top_k=4, num_nodes=14)
 Choice = tuple[Speculation, PrivateModule | None]
 
 
@@ -97,9 +98,9 @@ def test_mixed_modes_lengths_modules_and_chunks(
         PLAIN,
         CHAIN,
         TREE,
-        Speculation("chain", num_speculative_tokens=1),
-        Speculation("chain", num_speculative_tokens=9, min_probability=0.01),
-        Speculation("tree", num_speculative_tokens=2, tree_top_k=5, tree_num_nodes=30),
+        Chain(1),
+        Chain(9, min_probability=0.01),
+        Tree(2, top_k=5, num_nodes=30),
     ]
     found, _ = decode(
         family,

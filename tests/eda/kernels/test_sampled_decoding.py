@@ -12,9 +12,10 @@ from scipy.stats import chisquare
 
 from eda.generation import GenerationRequest, generate
 from eda.kernel_proposals import CpuDraftLayer
+from eda.kinds import Chain, Off, Speculation
 from eda.processors import LogitsContext, process_logits
 from eda.sampling import SamplingParams
-from eda.speculative import Speculation, SpeculativeDecoder
+from eda.speculative import SpeculativeDecoder
 from tests.support.narrow import NarrowFamily, make_narrow_family
 from tests.support.passes import Row, run
 
@@ -87,9 +88,9 @@ def significance(counts: Counter[Triple], exact: dict[Triple, float]) -> float:
 @pytest.mark.parametrize(
     "speculation",
     [
-        Speculation("none"),
-        Speculation("chain", num_speculative_tokens=2),
-        Speculation("chain", num_speculative_tokens=4, min_probability=0.1),
+        Off(),
+        Chain(2),
+        Chain(4, min_probability=0.1),
     ],
     ids=["plain", "chain", "chain that ends early"],
 )
@@ -97,7 +98,7 @@ def test_sampled_text_follows_the_target(
     family: NarrowFamily, speculation: Speculation, params: SamplingParams
 ) -> None:
     counts, accepting = draws(family, "inner", params, speculation)
-    if speculation.mode == "chain":
+    if isinstance(speculation, Chain):
         assert 0.1 < accepting < 0.95, "the test needs accepted and rejected drafts"
     assert significance(counts, exact_probabilities(family, "inner", params)) > 1e-4
 
@@ -117,5 +118,5 @@ def test_the_check_fails_when_drafts_are_accepted_unseen(
 
     monkeypatch.setattr(CpuDraftLayer, "extend_and_draft", overconfident)
     params = SETTINGS["temperature 1"]
-    counts, _ = draws(family, "inner", params, Speculation("chain", num_speculative_tokens=3))
+    counts, _ = draws(family, "inner", params, Chain(3))
     assert significance(counts, exact_probabilities(family, "inner", params)) < 1e-6

@@ -7,9 +7,10 @@ import torch
 
 from eda.drafting import Reading
 from eda.kernel_proposals import CpuDraftLayer
+from eda.kinds import Tree
 from eda.proposal import Proposal
 from eda.sampling import SamplingParams
-from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
+from eda.speculative import ScheduledRow, SequenceState, SpeculativeDecoder
 from tests.support.backends import eager_proposer_of, layer_of, proposer_of
 from tests.support.narrow import VOCAB_SIZE, NarrowFamily, make_narrow_family
 from tests.support.passes import random_tokens
@@ -32,7 +33,7 @@ def states_of(family: NarrowFamily, decoder: SpeculativeDecoder, count: int) -> 
             fine_tune=family.fine_tunes[names[place % 3]],
             sampling=SamplingParams(temperature=0.0),
             private=family.modules[place // 2 % 3],
-            speculation=Speculation("tree", num_speculative_tokens=8, tree_top_k=6),
+            speculation=Tree(8, top_k=6),
         )
         for place in range(count)
     ]

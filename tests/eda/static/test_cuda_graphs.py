@@ -13,7 +13,8 @@ import torch
 
 from eda.backends.loading import load_fine_tune, load_target
 from eda.draft import DraftModel
-from eda.speculative import SequenceState, Speculation, SpeculativeDecoder
+from eda.kinds import Speculation
+from eda.speculative import SequenceState, SpeculativeDecoder
 from eda.static.replay import CudaGraphBackend, GraphCache
 from eda.target import FineTune
 from tests.support.graph_decoding import (

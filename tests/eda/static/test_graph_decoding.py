@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from eda.drafting import Reading
+from eda.kinds import Chain, Speculation
 from eda.sampling import SamplingParams
-from eda.speculative import ScheduledRow, Speculation, SpeculativeDecoder
+from eda.speculative import ScheduledRow, SpeculativeDecoder
 from tests.support.backends import eager_proposer_of, layer_of, proposer_of
 from tests.support.graph_decoding import (
     CHAIN,
@@ -59,7 +60,7 @@ def test_mixed_batches_equal_the_reference(family: Family) -> None:
     rng = random.Random(2)
     cases = random_cases(family, MODELS, 120, seed=3)
     privates = [None, *(random_private(family.draft, seed, rank=seed) for seed in range(3))]
-    modes = [PLAIN, CHAIN, TREE, Speculation("chain", num_speculative_tokens=1), Speculation("chain", 7)]
+    modes = [PLAIN, CHAIN, TREE, Chain(1), Chain(7)]
     for case in cases:
         case.private, case.speculation = rng.choice(privates), rng.choice(modes)
     expected = expected_texts(family, cases, 12)
@@ -77,8 +78,8 @@ def test_adjacent_sequences_are_never_touched(family: Family) -> None:
     and the cache is as full as it can be."""
     graphs = recording()
     cases = random_cases(family, ["base"], 6, seed=5)
-    longest = Speculation("chain", num_speculative_tokens=7)
-    short = Speculation("chain", num_speculative_tokens=1)
+    longest = Chain(7)
+    short = Chain(1)
     chosen = [longest, short, longest, TREE, longest, short]
     for case, speculation in zip(cases, chosen, strict=True):
         case.speculation = speculation
@@ -154,10 +155,10 @@ def test_replayed_chains_are_those_of_the_loop(
     family: Family, reads_once: bool, min_probability: float
 ) -> None:
     """Greedy chains, ended by their probability: drafted token by token, in full without a look, and replayed."""
-    speculation = Speculation("chain", num_speculative_tokens=6, min_probability=min_probability)
+    speculation = Chain(6, min_probability=min_probability)
     cases = [
         Case("base", [3, 5, 8, 13], speculation=speculation),
-        Case("base", [2, 7], speculation=Speculation("chain", 2, min_probability=min_probability)),
+        Case("base", [2, 7], speculation=Chain(2, min_probability=min_probability)),
     ]
     drafted: list[list[list[int]]] = []
     for graphs in ("off", recording()):
@@ -214,7 +215,7 @@ def test_sampling_with_recordings_keeps_the_distribution(family: Family) -> None
     decoder = SpeculativeDecoder.for_models(
         family.base, family.draft, num_slots=1024, seed=3, graphs=recording()
     )
-    case = Case("base", prompt, speculation=Speculation("chain", 2), sampling=SamplingParams(temperature=2.0))
+    case = Case("base", prompt, speculation=Chain(2), sampling=SamplingParams(temperature=2.0))
     outputs = decode(decoder, family, [case] * 3000, 3, batch_size=16)
     counts = torch.zeros(family.vocab_size, dtype=torch.float64)
     for output in outputs:
@@ -237,7 +238,7 @@ def test_the_choice_is_off_where_it_makes_no_sense(family: Family) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "speculation"), [(1, TREE), (1, CHAIN), (2, CHAIN), (4, Speculation("chain", 2)), (2, PLAIN)]
+    ("count", "speculation"), [(1, TREE), (1, CHAIN), (2, CHAIN), (4, Chain(2)), (2, PLAIN)]
 )
 def test_after_warming_up_no_greedy_round_has_to_wait_for_a_recording(
     family: Family, count: int, speculation: Speculation

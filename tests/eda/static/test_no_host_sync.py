@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from eda.config import ModelConfig, RopeConfig
 from eda.draft import DraftConfig, DraftModel
+from eda.kinds import Speculation
 from eda.lora import LoraAdapter, LoraLayer, LowRank, LowRankBlock
 from eda.sampling import SamplingParams
-from eda.speculative import ScheduledRow, Speculation, SpeculativeDecoder
+from eda.speculative import ScheduledRow, SpeculativeDecoder
 from eda.static.draft_functions import (
     ChainBuffers,
     DraftOwners,

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from eda.generation import GenerationRequest, generate
+from eda.kinds import Chain
 from eda.private import PrivateModule
 from eda.sampling import SamplingParams
-from eda.speculative import Speculation, SpeculativeDecoder
+from eda.speculative import SpeculativeDecoder
 from eda.target import FineTune
 from eda.training.acceptance import simulate_acceptance, walk_rounds
 from eda.training.samples import Sample
@@ -32,7 +33,7 @@ def test_equals_the_decoders_acceptance_length(with_private: bool) -> None:
                 prompt,
                 40,
                 sampling=SamplingParams(temperature=0.0),
-                speculation=Speculation("chain", length),
+                speculation=Chain(length),
                 private=private,
             )
             for prompt in prompts

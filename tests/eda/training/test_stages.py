@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from eda.draft import DraftModel
+from eda.kinds import Chain
 from eda.private import PrivateModule
-from eda.speculative import Speculation, SpeculativeDecoder
+from eda.speculative import SpeculativeDecoder
 from eda.target import FineTune
 from eda.training.evaluate import EvaluationConfig, Variant, evaluate, loops
 from eda.training.private_module import PrivateTrainingConfig, train_private_module
@@ -152,7 +153,7 @@ def test_evaluation_measures_every_variant_at_every_temperature(
         "shared": Variant(with_draft),
         "adapted": Variant(with_draft, private),
     }
-    config = EvaluationConfig(max_tokens=10, max_prompt_tokens=60, speculation=Speculation("chain", 3))
+    config = EvaluationConfig(max_tokens=10, max_prompt_tokens=60, speculation=Chain(3))
     output = tmp_path / "evaluation.json"
     found = evaluate(fine_tune, variants, PROMPTS[:3], chat, config, output=output)
     assert set(found) == set(variants)
