@@ -1,6 +1,6 @@
 """Which implementations a decoder is put together from. Each faster one wraps the one that takes everything."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
@@ -52,17 +52,22 @@ def choose_backend(
         if not block_verification:
             verifier = CpuVerifier(verifier, generator)
         cache = target.new_cache(num_slots)
-        drafters: Mapping[type[Speculation], Drafter] = {}
-        if draft is not None:
-            drafters = _by_kind(_drafter(draft, num_slots, generator, None)[0])
-        return Backend("cpu", cache, EagerTarget(cache), verifier, drafters, around_step=kernel_threads_only)
+        trained = None if draft is None else _trained(draft, num_slots, generator, None)[0]
+        return Backend(
+            "cpu",
+            cache,
+            EagerTarget(cache),
+            verifier,
+            _by_kind(trained),
+            around_step=kernel_threads_only,
+        )
     recordings = _recordings(graphs, target)
     spare = 0 if recordings is None else MAX_TOKENS
     cache = target.new_cache(num_slots + spare)
-    drafters, recorded = {}, None
+    trained, recorded = None, None
     if draft is not None:
-        drafter, recorded = _drafter(draft, num_slots, generator, recordings)
-        drafters = _by_kind(drafter)
+        trained, recorded = _trained(draft, num_slots, generator, recordings)
+    drafters = _by_kind(trained)
     runner: TargetRunner = EagerTarget(cache)
     if recordings is None:
         return Backend("torch", cache, runner, verifier, drafters)
@@ -72,8 +77,9 @@ def choose_backend(
     return Backend("recorded", cache, runner, verifier, drafters, usual_batches=ROWS, prepare=prepare)
 
 
-def _by_kind(drafter: Drafter) -> dict[type[Speculation], Drafter]:
-    return {Chain: drafter, Tree: drafter}
+def _by_kind(trained: Drafter | None) -> dict[type[Speculation], Drafter]:
+    """The drafter of each kind of speculation. One that needs no draft model belongs here whatever ``trained`` is."""
+    return {} if trained is None else {Chain: trained, Tree: trained}
 
 
 def _recordings(choice: GraphChoice, target: TargetModel) -> GraphCache | None:
@@ -84,7 +90,7 @@ def _recordings(choice: GraphChoice, target: TargetModel) -> GraphCache | None:
     return choice if isinstance(choice, GraphCache) else GraphCache(choice)
 
 
-def _drafter(
+def _trained(
     draft: DraftModel, num_slots: int, generator: torch.Generator, recordings: GraphCache | None
 ) -> tuple[Drafter, RecordedProposer | None]:
     """What drafts with ``draft``, and the part of it that is recorded."""
