@@ -45,7 +45,7 @@ from eda.draft import DraftConfig, DraftModel
 from eda.kinds import Off
 from eda.private import PrivateModule
 from eda.speculative import SpeculativeDecoder
-from eda.static.replay import Backend, CudaGraphBackend, GraphCache, RerunBackend
+from eda.static.replay import CudaGraphBackend, GraphCache, Recorder, RerunBackend
 from eda.target import FineTune, TargetModel, default_tap_layers
 from server.engine.speculation import SpeculationTable
 from server.models import model_paths
@@ -113,7 +113,7 @@ def untrained_private(draft: DraftModel) -> PrivateModule:
     return module.to(device=draft.fc.weight.device, dtype=draft.fc.weight.dtype).requires_grad_(False)
 
 
-def graph_backend(device: torch.device) -> Backend:
+def graph_backend(device: torch.device) -> Recorder:
     """CUDA graphs; on the CPU functions that are called again, which saves nothing."""
     return CudaGraphBackend(device) if device.type == "cuda" else RerunBackend()
 

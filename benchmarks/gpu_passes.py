@@ -15,7 +15,7 @@ from eda.backends.eager.target import EagerTarget
 from eda.config import ModelConfig, RopeConfig
 from eda.kv_cache import KVCache
 from eda.packing import PassRow
-from eda.static.replay import Backend, GraphCache, Replay
+from eda.static.replay import GraphCache, Recorder, Replay
 from eda.static.shapes import MAX_TOKENS
 from eda.static.target_pass import RecordedTarget
 from eda.target import TargetModel, default_tap_layers
@@ -140,7 +140,7 @@ def time_pass(
     context: int,
     bandwidth: float,
     repeats: int,
-    backend: Backend | None,
+    backend: Recorder | None,
 ) -> tuple[PassTiming, str | None]:
     """Times a pass in which each of ``batch`` sequences computes ``tokens`` behind ``context`` cached ones.
 
@@ -187,7 +187,7 @@ def time_pass(
 class _Reasons:
     """Remembers why a recording could not be made."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Recorder) -> None:
         self._backend = backend
         self.reason: str | None = None
 

@@ -184,6 +184,8 @@ class SpeculativeDecoder:
                 for place, row in enumerate(rows)
                 if chosen[place] is drafter or (row.state.num_pending_features and drafter.taps is not None)
             ]
+            if not places:
+                continue
             requests = [
                 DraftRequest(rows[place].state, _draft_length(rows[place]) if chosen[place] is drafter else 0)
                 for place in places

@@ -21,8 +21,7 @@ from eda.kernels.verification import CpuVerifier
 from eda.kinds import Chain, Speculation, Tree
 from eda.proposer import EagerProposer
 from eda.static.draft_passes import RecordedProposer
-from eda.static.replay import Backend as Recorder
-from eda.static.replay import CudaGraphBackend, GraphCache
+from eda.static.replay import CudaGraphBackend, GraphCache, Recorder
 from eda.static.shapes import MAX_TOKENS, ROWS, WARM_UP_KEYS
 from eda.static.target_pass import RecordedTarget
 from eda.target import FineTune, TargetModel

@@ -12,7 +12,7 @@ from eda.kinds import Chain, Off, Speculation, Tree
 from eda.private import PrivateModule
 from eda.sampling import SamplingParams
 from eda.speculative import SequenceState, SpeculativeDecoder
-from eda.static.replay import Backend, GraphCache, RerunBackend
+from eda.static.replay import GraphCache, Recorder, RerunBackend
 from tests.support.reference_family import Family
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -21,7 +21,9 @@ TREE = Tree(3, top_k=3, num_nodes=8)
 PLAIN = Off()
 
 
-def recording(backend: Backend | None = None, *, max_graphs: int = 128, capture_after: int = 1) -> GraphCache:
+def recording(
+    backend: Recorder | None = None, *, max_graphs: int = 128, capture_after: int = 1
+) -> GraphCache:
     """A cache of recordings that records at the first time."""
     return GraphCache(backend or RerunBackend(), max_graphs=max_graphs, capture_after=capture_after)
 
