@@ -37,6 +37,7 @@ from sqlalchemy import (
 
 from adapters.errors import InvalidInputError
 from adapters.files import locked
+from adapters.private_files import private_file
 
 BUSY_TIMEOUT_MS = 30_000
 UNAVAILABLE = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError)
@@ -221,7 +222,13 @@ def _creating(engine: Engine) -> Iterator[None]:
     if engine.dialect.name != "sqlite" or not path or path == ":memory:":
         yield
         return
-    with locked(Path(path).with_name(f".{Path(path).name}.lock")):
+    file = Path(path)
+    with locked(file.with_name(f".{file.name}.lock")):
+        # SQLite gives its other files the mode of the first one.
+        private_file(file)
+        for suffix in ("-wal", "-shm"):
+            if (other := file.with_name(file.name + suffix)).exists():
+                private_file(other)
         yield
 
 

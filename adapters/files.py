@@ -106,7 +106,7 @@ def locked_or_raise(path: Path, *, timeout: float, purpose: str) -> Iterator[Non
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Holds an exclusive lock on file ``path`` among processes and threads; the system frees it when one is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

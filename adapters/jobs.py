@@ -104,7 +104,8 @@ def add_event(
 class JobQueue:
     """The jobs of all adapters, oldest first.
 
-    ``queue_limit`` bounds the jobs that wait, ``max_attempts`` the attempts in a row that finish no stage.
+    ``queue_limit`` bounds the jobs that wait, ``max_attempts`` the attempts in a row that finish no stage;
+    ``waits_for`` is what queued jobs wait for, in words.
     """
 
     def __init__(
@@ -113,8 +114,10 @@ class JobQueue:
         *,
         queue_limit: int = DEFAULT_QUEUE_LIMIT,
         max_attempts: int = DEFAULT_MAX_ATTEMPTS,
+        waits_for: str = "the worker",
     ) -> None:
         self.database = database
+        self.waits_for = waits_for
         self.queue_limit = queue_limit
         self.max_attempts = max_attempts
 
@@ -138,7 +141,7 @@ class JobQueue:
             "adapter_uid": spec.adapter_uid,
             "state": "queued",
             "progress": 0.0,
-            "message": "waiting for the worker",
+            "message": f"waiting for {self.waits_for}",
             "spec": spec.to_json(),
             "attempts": 0,
             "stalled_attempts": 0,
@@ -255,7 +258,7 @@ class JobQueue:
                 .where(jobs.c.id == job_id)
                 .values(
                     state="queued",
-                    message="waiting for the worker",
+                    message=f"waiting for {self.waits_for}",
                     error=None,
                     cancel_requested=False,
                     stalled_attempts=0,

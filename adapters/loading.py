@@ -6,10 +6,14 @@ from typing import Protocol
 from adapters.errors import CorruptVersionError
 from adapters.manifest import WEIGHTS_FILE, Fingerprints, Manifest
 from adapters.store import AdapterStore
+from adapters.template_renderer import TemplateRenderer
 from adapters.tensors import refuse_unsafe_files
 from eda.backends.loading import load_fine_tune
+from eda.chat_template import ChatTemplateError
+from eda.checkpoint import ADAPTER_CONFIG_FILE
 from eda.draft import DraftModel
-from eda.errors import EdaError, MismatchError
+from eda.errors import CheckpointError, EdaError, MismatchError
+from eda.fingerprint import fingerprint_directory
 from eda.private import PrivateConfig, PrivateModule
 from eda.target import FineTune, TargetModel
 
@@ -20,6 +24,7 @@ class Loader(Protocol):
     @property
     def base(self) -> FineTune: ...
     def fine_tune(self, path: Path, name: str) -> FineTune: ...
+    def fingerprint(self, path: Path) -> str: ...
     def private_module(
         self, store: AdapterStore, name: str, version: int, fine_tune_fingerprint: str
     ) -> tuple[Manifest, PrivateModule]: ...
@@ -30,10 +35,21 @@ class ModelLoader:
 
     ``draft`` is ``None`` on a server without speculation: fine-tunes are served, private modules are refused.
     Raises ``MismatchError`` when ``draft`` was trained for another base.
+
+    Args:
+        templates: tries the chat template that a fine-tune brings.
     """
 
-    def __init__(self, base: TargetModel, draft: DraftModel | None, *, base_name: str = "base") -> None:
+    def __init__(
+        self,
+        base: TargetModel,
+        draft: DraftModel | None,
+        *,
+        base_name: str = "base",
+        templates: TemplateRenderer | None = None,
+    ) -> None:
         self.base = FineTune(base_name, base)
+        self.templates = templates or TemplateRenderer()
         self.draft = draft
         self.draft_fingerprint = draft.fingerprint() if draft is not None else ""
         if draft is not None and draft.config.target_fingerprint not in ("", base.fingerprint):
@@ -46,7 +62,21 @@ class ModelLoader:
         """Raises ``CheckpointError`` (or one of its kinds) for what is no fine-tune of the base."""
         if path == self.base.model.path:
             return FineTune(name, self.base.model)
-        return load_fine_tune(path, self.base.model, name)
+        fine_tune = load_fine_tune(path, self.base.model, name)
+        if fine_tune.tokenizer is not None and fine_tune.tokenizer.chat_template is not None:
+            try:
+                self.templates.check(fine_tune.tokenizer.chat_template)
+            except ChatTemplateError as error:
+                raise CheckpointError(f"{path}: {error}") from error
+        return fine_tune
+
+    def fingerprint(self, path: Path) -> str:
+        """The fingerprint of the fine-tune in ``path`` as it is on disk now. Raises ``CheckpointError``."""
+        if self.base.model.path is None and path == Path():  # a base that was made in memory
+            return self.base.fingerprint
+        own = fingerprint_directory(path)
+        is_lora = (path / ADAPTER_CONFIG_FILE).exists()
+        return f"{self.base.fingerprint}+{own}" if is_lora else own
 
     def private_module(
         self, store: AdapterStore, name: str, version: int, fine_tune_fingerprint: str

@@ -36,6 +36,7 @@ class StageEvent:
     Attributes:
         kind: "stage_started", "progress", "metric", "message" or "stage_finished".
         fraction: share of the stage that is done, 0 to 1.
+        done, total: units of work (answers, steps, prompts) of the present part of the stage; 0 of 0 when not counted.
         data: numbers for "metric" (step, loss, acceptance length ...), the result for "stage_finished".
     """
 
@@ -44,6 +45,8 @@ class StageEvent:
     fraction: float = 0.0
     message: str = ""
     data: Mapping[str, Any] = field(default_factory=dict)
+    done: int = 0
+    total: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +66,13 @@ class StageContext:
     on_event: Callable[[StageEvent], None]
     should_stop: Callable[[], bool]
 
-    def progress(self, done: float, total: float, message: str = "") -> None:
-        """Reports ``done`` of ``total`` units of this stage's work."""
-        fraction = min(done / total, 1.0) if total > 0 else 0.0
-        self.on_event(StageEvent("progress", self.stage, fraction, message))
+    def progress(
+        self, done: int, total: int, message: str = "", part: tuple[float, float] = (0.0, 1.0)
+    ) -> None:
+        """Reports ``done`` of ``total`` units of work, which are ``part`` (from, to) of the stage."""
+        start, end = part
+        fraction = start + (end - start) * (min(done / total, 1.0) if total > 0 else 0.0)
+        self.on_event(StageEvent("progress", self.stage, fraction, message, done=done, total=total))
 
     def metric(self, **numbers: float) -> None:
         """Reports a point of a curve, for instance ``metric(step=10, loss=1.2)``."""
@@ -202,10 +208,15 @@ def _decide(spec: AdaptationSpec, evaluation: Mapping[str, Any]) -> tuple[bool, 
 
 
 class ProgressEstimator:
-    """Overall progress and time left, from each stage's share and the pace so far. Times in seconds."""
+    """Overall progress and time left, from each stage's share and the pace so far. Times in seconds.
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    Progress never falls below ``reached``, what was shown before: a stage that a killed worker had begun is entered
+    again, and one may do several things of which only the next one's length is known.
+    """
+
+    def __init__(self, clock: Callable[[], float], reached: float = 0.0) -> None:
         self._clock = clock
+        self._reached = reached
         self._stage = ""
         self._stage_started = clock()
 
@@ -216,7 +227,8 @@ class ProgressEstimator:
             self._stage, self._stage_started = stage, now
         before = sum(STAGE_WEIGHTS[name] for name in STAGES[: STAGES.index(stage)])
         overall = before + STAGE_WEIGHTS[stage] * fraction
+        self._reached = max(self._reached, overall)
         if fraction < 0.05:
-            return overall, None
+            return self._reached, None
         seconds_per_unit = (now - self._stage_started) / (fraction * STAGE_WEIGHTS[stage])
-        return overall, max(0.0, (1.0 - overall) * seconds_per_unit)
+        return self._reached, max(0.0, (1.0 - overall) * seconds_per_unit)

@@ -22,7 +22,7 @@ class RecordedPrompts(ChatFormat):
     @classmethod
     def of(cls, chat: ChatFormat, samples: Sequence[Sample]) -> Self:
         """Raises ``DataError`` when no sample has an answer to learn from."""
-        recorded = cls(chat._tokenizer, tuple(chat.eos_ids))
+        recorded = cls(chat.tokenizer, chat.eos_ids, chat.render)
         recorded.samples = {
             sample.id: sample for sample in samples if sample.num_roots > 0 and sample.prompt_ids
         }

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,10 +43,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ServiceSettings:
-    """``roots``: where paths in requests may lead. ``allow_hub``: whether fine-tunes may be downloaded."""
+    """
+    Attributes:
+        roots: where paths in requests may lead.
+        allow_hub: whether fine-tunes may be downloaded.
+        has_draft: whether there is a shared draft to adapt; without one no job could ever run.
+    """
 
     roots: AllowedRoots
     allow_hub: bool = False
+    has_draft: bool = True
     data_limits: DataLimits = field(default_factory=DataLimits)
 
 
@@ -146,6 +153,7 @@ class AdapterService:
         """
         if (earlier := self._repeated(idempotency_key, request_hash)) is not None:
             return earlier
+        self._require_draft()
         check_name(name)
         _check_description(description)
         self.catalog.require_free_name(name)
@@ -176,6 +184,8 @@ class AdapterService:
         if (earlier := self._repeated(idempotency_key, request_hash)) is not None:
             return earlier
         entry = self.catalog.get(name)
+        self._require_draft()
+        self._require_weights(entry)
         self._require_room_in_queue()
         return self._submit(
             entry,
@@ -185,6 +195,14 @@ class AdapterService:
             idempotency_key,
             request_hash,
         )
+
+    def retry(self, job_id: str) -> Job:
+        """Queues a failed or cancelled job again. Raises like ``JobQueue.retry`` and ``adapt``."""
+        job = self.queue.get(job_id)
+        self._require_draft()
+        with suppress(UnknownModelError):  # the queue says what is wrong then
+            self._require_weights(self.catalog.get(job.adapter))
+        return self.queue.retry(job_id)
 
     def serve(self, name: str, target: TargetSource) -> CatalogEntry:
         """Serves a fine-tune with the shared draft alone, without a job. Raises like ``create``."""
@@ -346,6 +364,25 @@ class AdapterService:
                 f"the idempotency key {idempotency_key[:80]!r} was used for another request; use a new one"
             )
         return Submission(self.catalog.get(job.adapter), job)
+
+    def _require_draft(self) -> None:
+        if not self.settings.has_draft:
+            raise ConflictError(
+                "this server runs without a shared draft, so there is nothing to adapt; start it with a draft, or "
+                "serve the fine-tune alone with POST /v1/load_lora_adapter"
+            )
+
+    def _require_weights(self, entry: CatalogEntry) -> None:
+        """Raises ``ConflictError`` when the fine-tune that a job would read is gone or another one by now."""
+        try:
+            found = self.registry.loader.fingerprint(Path(entry.path))
+        except (EdaError, OSError) as error:
+            raise ConflictError(f"the weights of {entry.name!r} cannot be read: {error}") from error
+        if found != entry.fine_tune_fingerprint:
+            raise ConflictError(
+                f"{entry.path} holds other weights now than when {entry.name!r} was registered; "
+                "delete the adapter and post it again"
+            )
 
     def _require_room_in_queue(self) -> None:
         with self.database.read() as connection:

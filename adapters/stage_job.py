@@ -12,6 +12,7 @@ from adapters.errors import JobInterruptedError
 from adapters.pipeline import StageContext
 from adapters.recorded import RecordedPrompts
 from adapters.spec import DRAFT_ROOM, AdaptationSpec
+from adapters.template_renderer import TemplateRenderer
 from adapters.workspaces import PROMPTS_FILE, SAMPLES_FILE
 from eda.backends.loading import load_fine_tune, load_target
 from eda.draft import DraftModel
@@ -24,6 +25,9 @@ from eda.training.prompts import ChatFormat, Prompt, read_prompts, split_held_ou
 from eda.training.regenerate import RegenerationConfig
 from eda.training.samples import read_samples
 from eda.training.self_prompts import SelfPromptConfig, write_own_prompts
+
+_OWN_PROMPTS_SHARE = 0.3
+"""Of the stage in which the fine-tune writes its prompts; what it does with them comes after."""
 
 T = TypeVar("T")
 
@@ -80,7 +84,7 @@ class StageModels:
             fine_tune,
             DraftModel.load(draft, dtype=base.dtype, device=place),
             DraftModel.load(draft, dtype=torch.float32, device=place),
-            ChatFormat.load(path, target, eos_ids=fine_tune.model.config.eos_token_ids),
+            ChatFormat.of_fine_tune(fine_tune, target, render=TemplateRenderer().render),
         )
 
 
@@ -91,13 +95,16 @@ class StageJob:
         self.context = context
         self._models = models
         self._defaults = defaults
+        self._begun = 0.0
         options, model = context.spec.training, models.fine_tune.model
         config = RegenerationConfig(seed=options.seed)
-        max_tokens = options.max_tokens or config.max_tokens
-        room = model.config.max_position_embeddings - max_tokens - DRAFT_ROOM
+        positions = model.config.max_position_embeddings
+        # Half of a short model's positions are left to prompts; a request that says otherwise was checked when it came.
+        max_tokens = options.max_tokens or min(config.max_tokens, max(1, (positions - DRAFT_ROOM) // 2))
+        room = positions - max_tokens - DRAFT_ROOM
         if room < 1:
             raise DataError(
-                f"training.max_tokens is {max_tokens}; the model's {model.config.max_position_embeddings} positions "
+                f"training.max_tokens is {max_tokens}; the model's {positions} positions "
                 "leave no room for prompts"
             )
         prompt_tokens = min(defaults.max_prompt_tokens, room)
@@ -110,19 +117,36 @@ class StageJob:
             batch_size=max(1, min(defaults.batch_size, fitting)),
         )
 
-    def run(self, compute: Callable[[OnProgress, Callable[[], bool]], T]) -> T:
-        """Runs a function of ``eda.training`` with its reports and stops translated."""
-        context = self.context
+    def run(
+        self,
+        compute: Callable[[OnProgress, Callable[[], bool]], T],
+        *,
+        before: int = 0,
+        total: int | None = None,
+        end: float = 1.0,
+    ) -> T:
+        """Runs a function of ``eda.training`` with its reports and stops translated.
+
+        Args:
+            before, total: units that were done before it, and in all, when it does a part of them.
+            end: share of the stage that is done after it.
+        """
+        context, begun, reported = self.context, self._begun, False
 
         def report(event: ProgressEvent) -> None:
-            context.progress(event.done, event.total, event.message)
+            nonlocal reported
+            reported = True
+            context.progress(before + event.done, total or event.total, event.message, (begun, end))
             if event.metrics:
                 context.metric(**event.metrics)
 
         try:
-            return compute(report, context.should_stop)
+            result = compute(report, context.should_stop)
         except StageStoppedError as error:
             raise JobInterruptedError(str(error)) from error
+        if reported and end < 1.0:
+            self._begun = end
+        return result
 
     @cached_property
     def decoder(self) -> SpeculativeDecoder:
@@ -164,5 +188,6 @@ class StageJob:
                 config,
                 on_progress=progress,
                 should_stop=stop,
-            )
+            ),
+            end=_OWN_PROMPTS_SHARE,
         )

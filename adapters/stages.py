@@ -104,14 +104,16 @@ class TrainingStages:
         job = StageJob(context, self._models, self._defaults)
         training, held_out = job.prompts
         answers: Sequence[Sample]
+        num_prompts, num_answered = len(training) + len(held_out), len(training)
         if isinstance(job.chat, RecordedPrompts):
             answers = [job.chat.samples[prompt.id] for prompt in training]
+            num_prompts, num_answered = len(held_out), 0
             report: Result = {"num_samples": len(answers), "source": "recorded traffic"}
         else:
-            answers, made = self._answer(job, training, "regenerate", job.regeneration)
+            answers, made = self._answer(job, training, "regenerate", job.regeneration, total=num_prompts)
             report = asdict(made)
         greedy = replace(job.regeneration, sampled_share=0.0)
-        self._answer(job, held_out, "held_out", greedy)
+        self._answer(job, held_out, "held_out", greedy, before=num_answered, total=num_prompts)
         write_samples(context.workspace / "training.jsonl", answers)
         return report
 
@@ -248,7 +250,14 @@ class TrainingStages:
     # --- inside ---
 
     def _answer(
-        self, job: StageJob, prompts: Sequence[Prompt], directory: str, config: RegenerationConfig
+        self,
+        job: StageJob,
+        prompts: Sequence[Prompt],
+        directory: str,
+        config: RegenerationConfig,
+        *,
+        before: int = 0,
+        total: int,
     ) -> tuple[list[Sample], Any]:
         return job.run(
             lambda progress, stop: regenerate(
@@ -260,7 +269,9 @@ class TrainingStages:
                 config,
                 on_progress=progress,
                 should_stop=stop,
-            )
+            ),
+            before=before,
+            total=total,
         )
 
     def _module(self, context: StageContext) -> PrivateModule:

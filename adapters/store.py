@@ -116,6 +116,7 @@ class AdapterStore:
         """
         name = check_name(manifest.name)
         with locked(self._lock):
+            self._clean()
             if (
                 manifest.job_id is not None
                 and (present := self.find_by_job(name, manifest.job_id)) is not None
@@ -149,13 +150,18 @@ class AdapterStore:
     def delete(self, name: str) -> None:
         """Removes all versions of ``name`` that are not bundled; does nothing when there are none."""
         with locked(self._lock):
+            self._clean()
             remove_tree(self.root / check_name(name), self._trash)
 
     def clean(self) -> None:
         """Removes what killed processes left: unfinished versions and half-deleted adapters."""
         with locked(self._lock):
-            empty_trash(self._unfinished)
-            empty_trash(self._trash)
+            self._clean()
+
+    def _clean(self) -> None:
+        """Whoever writes or deletes holds the lock, so what is found here under the lock is nobody's."""
+        empty_trash(self._unfinished)
+        empty_trash(self._trash)
 
     def scan(self) -> StoreReport:
         """Verifies every version. A corrupt one is reported and never raises."""

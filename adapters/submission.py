@@ -1,11 +1,13 @@
 """What a request to adapt must be before it becomes a job: fine-tune, prompts and the room for them, checked."""
 
+import gzip
 import json
-import shutil
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import psutil
 
@@ -28,6 +30,8 @@ MAX_SELF_PROMPTS = 100_000
 _BYTES_PER_TOKEN = 12
 """Of a token id in a sample file, generously."""
 _DEFAULT_MAX_TOKENS = 512
+_GZIP_MAGIC = b"\x1f\x8b"
+_CHUNK_BYTES = MIB
 _TRAINING_BYTES = 64 * MIB
 """Room for checkpoints and the module itself."""
 _FIELDS = {
@@ -55,7 +59,7 @@ class DataSource:
 
     Attributes:
         prompts: texts, or conversations as lists of ``{"role", "content"}``.
-        path: of a JSON-lines file below the allowed roots.
+        path: of a JSON-lines file below the allowed roots, plain or gzip.
         upload: the contents of such a file.
         self_prompts: how many prompts the fine-tune is to write for itself.
         min_traffic: use the recorded traffic, which must have this many requests at least.
@@ -191,6 +195,10 @@ def prepare_data(
 def _check_answers(options: TrainingOptions, limits: DataLimits) -> None:
     """The room that answers leave for prompts; a job would find out only when it has loaded the models."""
     longest = limits.max_model_len - DRAFT_ROOM - 1
+    if limits.max_model_len and longest < 1:
+        raise InvalidInputError(
+            f"the model holds {limits.max_model_len} tokens; adapting needs more than {DRAFT_ROOM + 1}"
+        )
     if limits.max_model_len and (options.max_tokens or 0) > longest:
         raise InvalidInputError(
             f"training.max_tokens is {options.max_tokens}; it must be at most {longest}, since the model's "
@@ -238,18 +246,40 @@ def _write_prompts(source: DataSource, destination: Path, roots: AllowedRoots, l
                 f"data.path is {source.path!r}; it must be a JSON-lines file", param="data.path"
             )
         _limit(path.stat().st_size, limits, "data.path")
-        require_free_space(
-            destination.parent, path.stat().st_size, reserve=limits.reserve_bytes, purpose="the prompt file"
-        )
-        shutil.copyfile(path, destination)
+        with path.open("rb") as file:
+            _write_unpacked(file, destination, limits, "data.path")
         return "data.path"
     if source.upload is not None:
         _limit(len(source.upload), limits, "file")
-        destination.write_bytes(source.upload)
+        _write_unpacked(BytesIO(source.upload), destination, limits, "file")
         return "file"
     lines = [_prompt_line(prompt, place) for place, prompt in enumerate(source.prompts or ())]
     destination.write_text("".join(lines), encoding="utf-8")
     return "data.prompts"
+
+
+def _write_unpacked(source: BinaryIO, destination: Path, limits: DataLimits, param: str) -> None:
+    """Copies a prompt file, unpacking gzip by what it begins with. A small file may unpack to one of any size, so its
+    limit and the disk's room are looked at chunk by chunk."""
+    is_gzip = source.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
+    source.seek(0)
+    reader: gzip.GzipFile | BinaryIO = gzip.GzipFile(fileobj=source) if is_gzip else source
+    num_bytes = 0
+    try:
+        with destination.open("wb") as file:
+            while chunk := reader.read(_CHUNK_BYTES):
+                num_bytes += len(chunk)
+                if num_bytes > limits.max_bytes:
+                    raise TooLargeError(
+                        f"{param} unpacks to more than the limit of {limits.max_bytes / MIB:.1f} MiB",
+                        param=param,
+                    )
+                require_free_space(
+                    destination.parent, len(chunk), reserve=limits.reserve_bytes, purpose="the prompt file"
+                )
+                file.write(chunk)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InvalidInputError(f"{param} is no whole gzip file: {error}", param=param) from error
 
 
 def _prompt_line(prompt: Any, place: int) -> str:

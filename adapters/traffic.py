@@ -101,7 +101,8 @@ class TrafficRecorder:
             return
         with self._lock:
             directory = self._directory(record.model)
-            directory.mkdir(parents=True, exist_ok=True)
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.mkdir(mode=0o700, exist_ok=True)
             segments = _segments(directory)
             newest = segments[-1] if segments else directory / "00000001.jsonl"
             if newest.exists() and newest.stat().st_size + len(line) > segment_bytes:

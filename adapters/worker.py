@@ -198,7 +198,7 @@ class _Reporter:
 
     def __init__(self, claim: Claim) -> None:
         self._claim = claim
-        self._estimator = ProgressEstimator(time.monotonic)
+        self._estimator = ProgressEstimator(time.monotonic, claim.job.progress)
         self._last: dict[str, float] = {}
         self.stage: str | None = claim.job.stage
 

@@ -20,7 +20,9 @@ from adapters.claims import DEFAULT_LEASE_SECONDS, Claim
 from adapters.database import Database, sqlite_url
 from adapters.errors import InvalidInputError
 from adapters.pipeline import AdaptationStages
+from adapters.private_files import private_directory
 from adapters.process import Scheduling, run_gently
+from adapters.store import AdapterStore
 from adapters.worker import StagesFactory, Worker
 from adapters.workspaces import Workspaces
 
@@ -100,6 +102,8 @@ def run_worker(settings: WorkerSettings, make_stages: StagesFactory | None = Non
     which loses no finished work either.
     """
     run_gently(settings.niceness, settings.scheduling)
+    private_directory(Path(settings.data_dir))
+    AdapterStore(settings.store_directory).clean()  # what a killed worker was writing
     database = settings.open_database()
     worker = Worker(
         database,

@@ -22,7 +22,7 @@ class Workspaces:
 
     def __init__(self, root: Path, *, keep_seconds: float = DEFAULT_KEEP_SECONDS) -> None:
         self.root = Path(root)
-        self.root.mkdir(parents=True, exist_ok=True)
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._keep_seconds = keep_seconds
         self._trash = self.root / ".trash"
 

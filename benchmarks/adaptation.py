@@ -211,7 +211,7 @@ def _load_domains(options: argparse.Namespace) -> dict[str, DomainData]:
             base,
             fine_tune,
             draft,
-            ChatFormat.load(path, options.target, eos_ids=fine_tune.model.config.eos_token_ids),
+            ChatFormat.of_fine_tune(fine_tune, options.target),
             read_prompts(prompts[name]),
             read_prompts(evaluation[name]),
             options.out / "domains" / name,

@@ -10,7 +10,8 @@
 #
 # Environment: MODELS (family directory, default models), NAME (name to serve under, default demo), TRAINING (JSON
 # object for "training"), NUM_PROMPTS (prompts to measure with, default 8), MAX_TOKENS (of an answer, default 96),
-# PORT (default 8765), DATA_DIR (default: a temporary directory that is removed).
+# PORT (default 8765), DATA_DIR (default: a temporary directory that is removed). QUICK=1 shows the same with fewer and
+# shorter answers and a short training, and gains less.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,6 +21,11 @@ measured=$(realpath "${3:-benchmarks/prompts/code.jsonl}")
 name=${NAME:-demo}
 url=http://127.0.0.1:${PORT:-8765}
 python=.venv/bin/python
+training={} num_prompts=8 max_tokens=96
+if [ -n "${QUICK:-}" ]; then
+  training='{"max_prompts": 120, "max_tokens": 48, "num_steps": 40, "held_out": 8}' num_prompts=4 max_tokens=48
+fi
+training=${TRAINING:-$training}
 
 data_dir=${DATA_DIR:-}
 if [ -z "$data_dir" ]; then
@@ -60,7 +66,7 @@ until curl -sf "$url/ready" >/dev/null; do
 done
 
 echo "== POST /adapters"
-body=$($python - "$name" "$fine_tune" "$prompts" "${TRAINING:-{\}}" <<'PY'
+body=$($python - "$name" "$fine_tune" "$prompts" "$training" <<'PY'
 import json, sys
 name, fine_tune, prompts, training = sys.argv[1:]
 print(json.dumps({
@@ -77,6 +83,9 @@ answer=$(curl -s "$url/adapters" -H 'Content-Type: application/json' -d "$body")
 job=$($python -c 'import json,sys; a=json.load(sys.stdin); print(a["job"]["id"] if "job" in a else sys.exit(str(a)))' <<<"$answer")
 echo "$name is served already, with the shared draft alone; its job is $job"
 
+$python -m benchmarks.adaptation_requests estimate "$url" "$name" "$prompts" --training "$training"
+[ -n "${QUICK:-}" ] || echo "QUICK=1 does less of everything"
+
 echo "== GET /jobs/$job/events"
 $python -m benchmarks.adaptation_requests probe "$url" "$name" "$measured" "$data_dir/probe.json" &
 probe=$!
@@ -88,4 +97,4 @@ probe=
 echo "the job took $((SECONDS - started)) s"
 
 $python -m benchmarks.adaptation_requests compare "$url" "$name" "$measured" \
-  --num-prompts "${NUM_PROMPTS:-8}" --max-tokens "${MAX_TOKENS:-96}" --probe "$data_dir/probe.json"
+  --num-prompts "${NUM_PROMPTS:-$num_prompts}" --max-tokens "${MAX_TOKENS:-$max_tokens}" --probe "$data_dir/probe.json"

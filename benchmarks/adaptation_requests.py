@@ -1,5 +1,6 @@
 """The requests of ``adaptation_demo.sh``: watch a job's events, probe a busy server, compare draft modes.
 
+python -m benchmarks.adaptation_requests estimate URL MODEL PROMPTS
 python -m benchmarks.adaptation_requests watch < events
 python -m benchmarks.adaptation_requests probe URL MODEL PROMPTS OUTPUT
 python -m benchmarks.adaptation_requests compare URL MODEL PROMPTS
@@ -12,16 +13,22 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from adapters.pipeline import STAGE_WEIGHTS
+from adapters.stage_job import AdaptationDefaults
 from eda.training.prompts import Prompt, read_prompts
+from eda.training.regenerate import RegenerationConfig
 
 MODES = ("none", "shared", "private")
 PROBE_TOKENS = 16
+ESTIMATE_REQUESTS = 16
+ESTIMATE_TOKENS = 32
 
 
 def main() -> None:
@@ -30,7 +37,7 @@ def main() -> None:
     )
     commands = parser.add_subparsers(required=True)
     commands.add_parser("watch").set_defaults(run=watch)
-    for name, run in (("probe", probe), ("compare", compare)):
+    for name, run in (("estimate", estimate), ("probe", probe), ("compare", compare)):
         command = commands.add_parser(name)
         command.set_defaults(run=run)
         command.add_argument("url")
@@ -38,6 +45,8 @@ def main() -> None:
         command.add_argument("prompts", type=Path)
         if name == "probe":
             command.add_argument("output", type=Path)
+        elif name == "estimate":
+            command.add_argument("--training", type=json.loads, default={})
         else:
             command.add_argument("--num-prompts", type=int, default=8)
             command.add_argument("--max-tokens", type=int, default=96)
@@ -46,13 +55,50 @@ def main() -> None:
     arguments.run(arguments)
 
 
+def estimate(arguments: argparse.Namespace) -> None:
+    """Says how long a job will take here, from how fast this server answers some of its prompts at once."""
+    prompts = read_prompts(arguments.prompts)
+    sample = prompts[:ESTIMATE_REQUESTS]
+    with (
+        httpx.Client(base_url=arguments.url, timeout=600) as client,
+        ThreadPoolExecutor(ESTIMATE_REQUESTS) as pool,
+    ):
+        start = time.perf_counter()
+        answers = pool.map(
+            lambda prompt: complete(client, arguments.model, prompt, ESTIMATE_TOKENS, "none"), sample
+        )
+        num_tokens = sum(answer["usage"]["completion_tokens"] for answer in answers)
+        rate = num_tokens / (time.perf_counter() - start)
+    seconds = estimated_seconds(arguments.training, len(prompts), rate)
+    print(
+        f"the job will take about {max(1, round(seconds / 60))} min here; it tells more as it goes on",
+        flush=True,
+    )
+
+
+def estimated_seconds(training: Mapping[str, Any], num_prompts: int, tokens_per_second: float) -> float:
+    """Seconds of a job without triage, from its usual share of answering, when answers have their full length.
+
+    ``tokens_per_second`` is the server's, with all threads; the worker has half of them.
+    """
+    defaults = AdaptationDefaults()
+    held_out = training.get("held_out") or min(defaults.held_out, max(1, num_prompts // 5))
+    limit = training.get("max_prompts") or defaults.max_prompts
+    num_answers = min(num_prompts - held_out, limit) + held_out
+    num_tokens = num_answers * (training.get("max_tokens") or RegenerationConfig().max_tokens)
+    answering = num_tokens / (0.5 * tokens_per_second)
+    return answering * (1.0 - STAGE_WEIGHTS["triage"]) / STAGE_WEIGHTS["regenerate"]
+
+
 def watch(_: argparse.Namespace) -> None:
     """Prints a job's server-sent events as lines; exits with 1 unless the job succeeds."""
+    start = time.monotonic()
     for kind, data in _events():
         if kind == "progress":
             eta = data["eta_seconds"]
             left = "" if eta is None else f", about {eta:.0f} s left"
-            print(f"   {data['progress']:4.0%} {data['message']}{left}")
+            seconds = time.monotonic() - start
+            print(f"   {data['progress']:4.0%} {data['message']}, {seconds:.0f} s gone{left}", flush=True)
         elif kind == "stage_finished":
             print(f"-- {data['stage']}: {_short(data['result'])}")
         elif kind in ("succeeded", "failed", "cancelled"):

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from safetensors import safe_open
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from eda.config import ModelConfig, read_json
 from eda.errors import CheckpointError, UnsupportedModelError
+from eda.quantised import QuantisedWeight
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -27,14 +28,34 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor in a safetensors file. ``start`` and ``end`` are byte offsets in the file."""
+    """One tensor in a file. ``start`` and ``end`` are byte offsets in the file."""
 
     file: Path
     dtype: str
-    """The format's name, e.g. ``"BF16"``."""
+    """The file format's name, e.g. ``"BF16"``."""
     shape: tuple[int, ...]
     start: int
     end: int
+
+
+class WeightSource(Protocol):
+    """The tensors of a model by Hugging Face's names, whatever format the files have."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def entries(self) -> Mapping[str, TensorEntry]: ...
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor ``name`` on the CPU, as floats. Raises ``CheckpointError`` when it is missing."""
+        ...
+
+    def quantised(self, name: str) -> QuantisedWeight | None:
+        """The matrix ``name`` as it is stored in 8 or 4 bits; ``None`` where it is stored as floats."""
+        ...
 
 
 class Checkpoint:
@@ -126,6 +147,10 @@ class Checkpoint:
             raise CheckpointError(f"{file} cannot be read: {error}") from error
         return tensor
 
+    def quantised(self, name: str) -> QuantisedWeight | None:
+        """``None``: these files hold floats."""
+        return None
+
 
 def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """Tensor entries and metadata of a safetensors file. Raises ``CheckpointError`` when it is not one."""
@@ -207,7 +232,7 @@ def layer_projections(config: ModelConfig) -> dict[str, Projection]:
 
 
 def copy_weights(
-    checkpoint: Checkpoint, destinations: Mapping[str, Tensor], ignored: re.Pattern[str]
+    checkpoint: WeightSource, destinations: Mapping[str, Tensor], ignored: re.Pattern[str]
 ) -> None:
     """Copies every tensor of ``checkpoint`` to its destination, converting the type.
 

@@ -27,7 +27,7 @@ class RopeConfig:
     """Rotary position embedding of a model."""
 
     type: str
-    """One of ``SUPPORTED_ROPE_TYPES``."""
+    """One of ``SUPPORTED_ROPE_TYPES``, or ``divided``: each frequency by its own of the parameter ``divisors``."""
     theta: float
     max_position_embeddings: int
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from eda.checkpoint import ADAPTER_CONFIG_FILE, Checkpoint
+from eda.checkpoint import ADAPTER_CONFIG_FILE, Checkpoint, WeightSource
 from eda.config import ModelConfig, read_json
 
 _SAMPLE_BYTES = 4096
@@ -39,7 +39,15 @@ def fingerprint_directory(path: Path) -> str:
         fields = {name: raw.get(name) for name in _LORA_FIELDS}
         fields["modules_to_save"] = sorted(fields["modules_to_save"] or [])
         return _fingerprint(fields, Checkpoint.of_adapter(path))
-    return _fingerprint(_canonical(ModelConfig.from_directory(path)), Checkpoint.of_model(path))
+    return fingerprint_model(ModelConfig.from_directory(path), Checkpoint.of_model(path))
+
+
+def fingerprint_model(config: ModelConfig, checkpoint: WeightSource) -> str:
+    """SHA-256 (hex) of a model in files of any format, as ``fingerprint_directory`` describes it.
+
+    Formats differ in the bytes of their tensors, so the same weights as safetensors and as GGUF count as two models.
+    """
+    return _fingerprint(_canonical(config), checkpoint)
 
 
 def _canonical(config: ModelConfig) -> dict[str, Any]:
@@ -49,7 +57,7 @@ def _canonical(config: ModelConfig) -> dict[str, Any]:
     return fields
 
 
-def _fingerprint(fields: Mapping[str, Any], checkpoint: Checkpoint) -> str:
+def _fingerprint(fields: Mapping[str, Any], checkpoint: WeightSource) -> str:
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, entry in sorted(checkpoint.entries.items()):
         digest.update(json.dumps([name, entry.dtype, entry.shape]).encode())

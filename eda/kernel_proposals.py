@@ -29,8 +29,8 @@ CHAINS_COVER = (
     SamplingDemand.DRAWS | SamplingDemand.TEMPERATURE | SamplingDemand.CUTS | SamplingDemand.LOGPROBS
 )
 """Of rows whose chains are drafted in one call."""
-TREES_COVER = SamplingDemand.DRAWS | SamplingDemand.LOGPROBS
-"""Of rows whose trees grow by the draft's own probabilities."""
+TREES_COVER = CHAINS_COVER
+"""Of rows whose trees grow by the draft's own probabilities, before temperature and cuts (``draft_scores``)."""
 
 
 class CpuDraftLayer:

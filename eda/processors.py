@@ -83,15 +83,14 @@ class LogitsContext:
         return self.num_generated < self.params.min_tokens and bool(self.params.stop_ids)
 
     @property
+    def is_edited(self) -> bool:
+        """Whether penalties, bias or the ``min_tokens`` mask change this row."""
+        return self.params.needs_history or bool(self.params.logit_bias) or self.masks_stops
+
+    @property
     def is_active(self) -> bool:
         """Whether processing changes this row at all."""
-        params = self.params
-        return (
-            params.needs_history
-            or bool(params.logit_bias)
-            or self.masks_stops
-            or params.reshapes_distribution
-        )
+        return self.is_edited or self.params.reshapes_distribution
 
 
 def process_logits(
@@ -123,6 +122,13 @@ def process_logits(
     return _on_rows(logits, active, lambda part: _process(part, [contexts[row] for row in active], token_ids))
 
 
+def edit_logits(logits: Tensor, contexts: Sequence[LogitsContext], token_ids: Tensor | None = None) -> Tensor:
+    """The first half of ``process_logits``, with its arguments: penalties, bias and ``min_tokens`` mask alone."""
+    active = [row for row, context in enumerate(contexts) if context.is_edited]
+    logits = logits.to(torch.float32)
+    return _on_rows(logits, active, lambda part: _edit(part, [contexts[row] for row in active], token_ids))
+
+
 def _on_rows(logits: Tensor, rows: Sequence[int], process: Callable[[Tensor], Tensor]) -> Tensor:
     """``logits`` with ``process`` applied to ``rows`` alone; out of place."""
     if not rows:
@@ -137,12 +143,16 @@ def _column(values: Sequence[float], like: Tensor) -> Tensor:
     return upload(values, like.device, torch.float32)[:, None]
 
 
-def _process(logits: Tensor, contexts: Sequence[LogitsContext], token_ids: Tensor | None) -> Tensor:
+def _edit(logits: Tensor, contexts: Sequence[LogitsContext], token_ids: Tensor | None) -> Tensor:
     rows = [row for row, context in enumerate(contexts) if context.params.needs_history]
     logits = _on_rows(logits, rows, lambda part: _penalise(part, [contexts[row] for row in rows], token_ids))
     if any(context.masks_stops or context.params.logit_bias for context in contexts):
         logits = logits + _biases(contexts, logits, token_ids)
+    return logits
 
+
+def _process(logits: Tensor, contexts: Sequence[LogitsContext], token_ids: Tensor | None) -> Tensor:
+    logits = _edit(logits, contexts, token_ids)
     params = [context.params for context in contexts]
     temperatures = [1.0 if item.is_greedy else item.temperature for item in params]
     if any(temperature != 1.0 for temperature in temperatures):

@@ -88,8 +88,11 @@ class RotaryEmbedding(nn.Module):
 def _static_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
     """Inverse frequencies ``[head_dim / 2]`` (float32, CPU) and the factor on cosines and sines."""
     with torch.device("cpu"):  # models are built on the meta device; these values are needed all the same
-        if rope.type in ("default", "dynamic"):
-            return 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2).float() / head_dim)), 1.0
+        if rope.type in ("default", "dynamic", "divided"):
+            frequencies = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2).float() / head_dim))
+            if rope.type == "divided":
+                frequencies = frequencies / torch.tensor(rope.parameters["divisors"])
+            return frequencies, 1.0
         # Only the attention geometry of this config is read.
         config = LlamaConfig(
             hidden_size=head_dim,

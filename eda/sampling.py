@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from eda.noise import gumbel_noise
-from eda.processors import LogitsContext, TokenHistory, process_logits
+from eda.processors import LogitsContext, TokenHistory, edit_logits, process_logits
 from eda.sampling_params import SamplingParams
 from eda.transfers import upload
 
@@ -123,10 +123,25 @@ def draft_scores(
     draft_token_ids: Tensor | None,
     vocab_size: int,
 ) -> Tensor:
-    """Log-probabilities to grow a tree by: log-softmax of the processed logits, seeded rows with noise added before.
+    """Log-probabilities to grow a tree by: the draft's own, after penalties and bias, before temperature and filters.
+
+    What filters leave of a draft's distribution is too sure of itself: with ``top_k`` 1 every guess has probability 1,
+    however doubtful it is, and the tree becomes one deep branch.
+
+    Seeded rows take the noise that the target will use into account, which needs temperature and filters: what the
+    filters keep shares its own probability by the noisy scores. Temperatures below 1 do not sharpen those either.
 
     Arguments as in ``propose_chain_tokens``. Returns float32 ``[B, V_draft]``.
     """
-    processed = process_logits(draft_logits, contexts, draft_token_ids)
+    scores = edit_logits(draft_logits, contexts, draft_token_ids).log_softmax(-1)
     seeds = [_noise_seed(context.params) for context in contexts]
-    return add_noise(processed, seeds, positions, draft_token_ids, vocab_size).log_softmax(-1)
+    if all(seed is None for seed in seeds):
+        return scores
+    processed = process_logits(draft_logits, contexts, draft_token_ids)
+    noisy = add_noise(processed, seeds, positions, draft_token_ids, vocab_size)
+    softness = [min(1.0, context.params.temperature) for context in contexts]
+    shares = (noisy * upload(softness, noisy.device, torch.float32)[:, None]).log_softmax(-1)
+    is_kept = processed > float("-inf")
+    mass = scores.where(is_kept, float("-inf")).logsumexp(-1, keepdim=True)
+    is_noisy = upload([seed is not None for seed in seeds], noisy.device)[:, None]
+    return torch.where(is_noisy & is_kept, mass + shares, scores)

@@ -13,18 +13,17 @@ from torch.nn import functional
 from eda.answers import Answer, Logits, Need
 from eda.attention import PackedBatch, masks_for
 from eda.checkpoint import (
-    Checkpoint,
     copy_weights,
     layer_projections,
-    resolve_directory,
 )
 from eda.config import ModelConfig
-from eda.fingerprint import fingerprint_directory
 from eda.kv_cache import KVCache
 from eda.layers import DecoderLayer, RMSNorm
 from eda.linear import packed_linear, packed_weight
 from eda.lora import LoraAdapter, LoraSegment, add_low_rank
+from eda.model_files import open_model
 from eda.rotary import RotaryEmbedding
+from eda.tokenizer import TextTokenizer
 from eda.transfers import upload
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -134,7 +133,7 @@ class TargetModel(nn.Module):
         self.config = config
         self.fingerprint = fingerprint
         self.path = path
-        """The directory that the weights came from."""
+        """The directory or GGUF file that the weights came from."""
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList([DecoderLayer(config) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -156,7 +155,7 @@ class TargetModel(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> Self:
-        """Reads a Hugging Face checkpoint, a local directory or a hub id.
+        """Reads a Hugging Face checkpoint (a local directory or a hub id) or a GGUF file.
 
         Args:
             dtype: type to compute in; ``None`` chooses by the device (see ``automatic_dtype``).
@@ -165,15 +164,14 @@ class TargetModel(nn.Module):
             CheckpointError: the directory is missing, incomplete, misshapen or in an unsafe format.
             UnsupportedModelError: the architecture is not implemented; the message lists those that are.
         """
-        path = resolve_directory(path_or_hub_id)
-        config = ModelConfig.from_directory(path)
-        checkpoint = Checkpoint.of_model(path)
+        files = open_model(path_or_hub_id)
+        config, checkpoint = files.config, files.checkpoint
         if config.tie_word_embeddings and _HEAD in checkpoint and _EMBEDDING in checkpoint:
             # A config may say "tied" while the file holds two different matrices; the file is right.
             tied = torch.equal(checkpoint.tensor(_HEAD), checkpoint.tensor(_EMBEDDING))
             config = replace(config, tie_word_embeddings=tied)
         with torch.device("meta"):  # no time and memory for an initialisation that is overwritten
-            model = cls(config, fingerprint=fingerprint_directory(path), path=path)
+            model = cls(config, fingerprint=files.fingerprint, path=files.path)
         model = model.to(dtype or automatic_dtype(device)).to_empty(device=device)
         if config.tie_word_embeddings:
             model.head = model.embedding
@@ -303,6 +301,8 @@ class FineTune:
     name: str
     model: TargetModel
     lora: LoraAdapter | None = None
+    tokenizer: TextTokenizer | None = None
+    """Its own, where its directory brings tokens, end tokens or a chat template that the base's does not have."""
 
     @property
     def fingerprint(self) -> str:

@@ -9,6 +9,7 @@ from adapters.guard import Guard, GuardSettings
 from adapters.jobs import JobQueue
 from adapters.loading import ModelLoader
 from adapters.names import AllowedRoots
+from adapters.private_files import private_directory
 from adapters.registry import AdapterRegistry
 from adapters.service import AdapterService, ServiceSettings
 from adapters.store import AdapterStore
@@ -26,6 +27,7 @@ def make_adapter_service(
 ) -> AdapterService:
     """Everything behind the administrative routes, over ``settings.data_dir``."""
     data_dir = settings.data_dir
+    private_directory(data_dir)
     # A worker answers prompts with the model's own limit, not with the one that requests have.
     model_limit = loader.base.model.config.max_position_embeddings
     database = Database(database_url(settings) or sqlite_url(data_dir / DATABASE_FILE))
@@ -40,12 +42,20 @@ def make_adapter_service(
     return AdapterService(
         database,
         registry,
-        JobQueue(database, queue_limit=settings.max_queued_jobs, max_attempts=settings.max_job_attempts),
+        JobQueue(
+            database,
+            queue_limit=settings.max_queued_jobs,
+            max_attempts=settings.max_job_attempts,
+            waits_for="the worker"
+            if settings.worker
+            else "a worker: this server starts none, `eda worker` does",
+        ),
         Workspaces(data_dir / "jobs"),
         TrafficRecorder(data_dir / "traffic", max_bytes=settings.traffic_max_mib * MIB),
         ServiceSettings(
             AllowedRoots([data_dir, settings.models_dir, *settings.adapter_roots]),
             allow_hub=settings.allow_hub,
+            has_draft=loader.draft is not None,
             data_limits=DataLimits(
                 settings.max_prompt_file_mib * MIB, settings.reserve_disk_mib * MIB, model_limit
             ),

@@ -6,23 +6,27 @@ import torch
 
 from adapters.loading import ModelLoader
 from adapters.service import AdapterService
+from adapters.template_renderer import TemplateRenderer
 from adapters.traffic import TrafficRecord
 from adapters.watcher import RegistryWatcher
 from eda.backends.base import BackendName
+from eda.chat_template import ChatTemplateError
 from eda.kinds import Speculation
 from eda.speculative import SpeculativeDecoder
+from eda.tokenizer import TextTokenizer
+from eda.tokenizer_files import load_tokenizer
 from server.adaptation import make_adapter_service, make_worker
 from server.adapter_metrics import AdapterMetrics
+from server.cache_size import MIB, choose_cache_size, free_memory
 from server.engine.async_engine import AsyncEngine
 from server.engine.scheduler import SchedulerLimits
 from server.engine.sequence import Sequence
 from server.engine.speculation import SpeculationPolicy, SpeculationTable, SpeculationTableError
 from server.engine.stopping import FinishReason
 from server.logs import logger
-from server.models import choose_device, load_pair, model_paths, num_cache_slots
+from server.models import choose_device, load_pair, model_paths
 from server.services import Runtime, Services
 from server.settings import ConfigurationError, Settings
-from server.tokenizer import TextTokenizer
 
 
 def load_runtime(services: Services) -> Runtime:
@@ -35,26 +39,36 @@ def load_runtime(services: Services) -> Runtime:
         torch.set_num_threads(settings.num_threads)
     paths = model_paths(settings)
     target, draft = load_pair(paths, choose_device(settings.device), settings.dtype)
+    cache = choose_cache_size(settings, target, draft, free_bytes=free_memory(target.device))
     own_limit = target.config.max_position_embeddings
-    max_model_len = min(settings.max_model_len or own_limit, own_limit)
-    num_slots = num_cache_slots(
-        target,
-        draft,
-        cache_mib=settings.cache_mib,
-        max_model_len=max_model_len,
-        max_running=settings.max_running,
+    if settings.max_model_len is None and cache.max_model_len < own_limit:
+        logger().warning(
+            "sequences are limited to what the cache holds; cache_mib makes it larger",
+            max_model_len=cache.max_model_len,
+            of_the_model=own_limit,
+            cache_mib=cache.num_bytes // MIB,
+        )
+    decoder = SpeculativeDecoder.for_models(
+        target, draft, num_slots=cache.num_slots, graphs=settings.cuda_graphs
     )
-    decoder = SpeculativeDecoder.for_models(target, draft, num_slots=num_slots, graphs=settings.cuda_graphs)
+    services.metrics.watch_cache(lambda: decoder.cache.allocator.num_free, cache.num_slots)
     table = _table(settings, decoder.backend.name)
     # Part of loading, so that the server is ready when the usual passes are recorded.
     num_graphs = decoder.warm_up(_usual_rounds(table, decoder.backend.usual_batches, settings.max_running))
-    tokenizer = TextTokenizer.load(paths.target)
+    tokenizer = load_tokenizer(paths.target)
+    templates = TemplateRenderer()
+    _try_template(tokenizer, templates)
 
-    loader = ModelLoader(target, draft, base_name=settings.model_name)
-    adapters = make_adapter_service(settings, loader, paths, max_model_len)
+    loader = ModelLoader(target, draft, base_name=settings.model_name, templates=templates)
+    adapters = make_adapter_service(settings, loader, paths, cache.max_model_len)
     adapters.configure(paths.fine_tunes)
     watcher = RegistryWatcher(adapters.registry)
     worker = make_worker(settings, paths)
+    if worker is None and (num_waiting := adapters.queue.counts()["queued"]):
+        reason = "worker is false" if draft is not None else "there is no draft to adapt"
+        logger().warning(
+            "jobs wait for a worker, and this server starts none", jobs=num_waiting, reason=reason
+        )
     services.metrics.registry.register(AdapterMetrics(adapters, worker))
     guard = adapters.registry.guard
 
@@ -63,7 +77,7 @@ def load_runtime(services: Services) -> Runtime:
         labels, counts = sequence.labels, sequence.counts
         # The guard compares like with like: requests that ask for another draft are left out, since its baseline is a
         # random share of the same traffic, and so are those for which drafting was paused most of the time.
-        if labels.draft == "private" and 0 < counts.num_target_passes <= counts.num_draft_tokens:
+        if sequence.prefers_private and 0 < counts.num_target_passes <= counts.num_draft_tokens:
             guard.observe(
                 labels.model_name, labels.adapter_version, counts.num_target_passes, counts.num_emitted
             )
@@ -86,8 +100,9 @@ def load_runtime(services: Services) -> Runtime:
         device=str(target.device),
         backend=decoder.backend.name,
         dtype=str(target.dtype).removeprefix("torch."),
-        cache_slots=num_slots,
-        max_model_len=max_model_len,
+        cache_slots=cache.num_slots,
+        cache_mib=cache.num_bytes // MIB,
+        max_model_len=cache.max_model_len,
         cuda_graphs=num_graphs,
     )
 
@@ -103,8 +118,28 @@ def load_runtime(services: Services) -> Runtime:
         watcher.stop()
         adapters.traffic.stop()
         adapters.database.close()
+        templates.close()
 
-    return Runtime(engine, adapters.registry, tokenizer, adapters=adapters, on_start=start, on_close=close)
+    return Runtime(
+        engine,
+        adapters.registry,
+        tokenizer,
+        adapters=adapters,
+        templates=templates,
+        can_draft=draft is not None,
+        chat_max_tokens=min(settings.chat_max_tokens, max(1, cache.num_slots // 4)),
+        on_start=start,
+        on_close=close,
+    )
+
+
+def _try_template(tokenizer: TextTokenizer, templates: TemplateRenderer) -> None:
+    """Readies the base's chat template. One that cannot be used is no reason not to serve completions."""
+    try:
+        if tokenizer.chat_template is not None:
+            templates.check(tokenizer.chat_template)
+    except ChatTemplateError as error:
+        logger().warning("chats of the base will be refused", reason=str(error))
 
 
 def _record_traffic(adapters: AdapterService, sequence: Sequence) -> None:

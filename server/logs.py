@@ -48,7 +48,7 @@ def configure_logs(settings: Settings) -> None:
     for earlier in [other for other in root.handlers if isinstance(other, _StandardHandler)]:
         root.removeHandler(earlier)
     root.addHandler(handler)
-    for package in ("eda", "adapters"):
+    for package in ("eda", "adapters", "server"):
         logging.getLogger(package).setLevel(level)
 
 

@@ -58,6 +58,10 @@ class ServerMetrics:
         self.running = Gauge("vllm:num_requests_running", "Sequences in the batch", registry=self.registry)
         self.waiting = Gauge("vllm:num_requests_waiting", "Sequences in the queue", registry=self.registry)
 
+        self.cache_slots = Gauge(
+            "eda_cache_slots", "Token slots of the key/value cache", ("state",), registry=self.registry
+        )
+
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, (*LABELS, *labels), registry=self.registry)
 
@@ -68,6 +72,11 @@ class ServerMetrics:
         """Sets where the gauges read from."""
         self.running.set_function(num_running)
         self.waiting.set_function(num_waiting)
+
+    def watch_cache(self, num_free: Callable[[], int], num_slots: int) -> None:
+        """Sets where the gauge of the cache's slots reads from."""
+        self.cache_slots.labels("free").set_function(num_free)
+        self.cache_slots.labels("used").set_function(lambda: num_slots - num_free())
 
     def on_step_stats(self, stats: list[StepStats]) -> None:
         for step in stats:

@@ -7,7 +7,7 @@ import torch
 
 from eda.backends.loading import load_target
 from eda.draft import DraftModel
-from eda.speculative import SpeculativeDecoder
+from eda.model_files import is_gguf
 from eda.target import TargetModel
 from server.settings import BUNDLED_MODELS, ConfigurationError, Settings
 
@@ -16,7 +16,7 @@ NOT_FINE_TUNES = frozenset({"base", "draft", "adapters"})
 
 @dataclass(frozen=True, slots=True)
 class ModelPaths:
-    """Directories after all defaults. ``draft`` is ``None`` for a server without one."""
+    """Directories after all defaults; ``target`` may be a GGUF file. ``draft`` is ``None`` for a server without one."""
 
     target: Path
     draft: Path | None
@@ -49,7 +49,10 @@ def model_paths(settings: Settings) -> ModelPaths:
         if bundled is None and (family / "adapters").is_dir():
             bundled = family / "adapters"
     for name, path in {"target": target, "draft": draft, **fine_tunes}.items():
-        if path is not None and not path.is_dir():
+        if name == "target" and is_gguf(target):
+            if not target.is_file():
+                raise ConfigurationError(f"target: there is no file {target}")
+        elif path is not None and not path.is_dir():
             raise ConfigurationError(f"{name}: there is no directory {path}")
     return ModelPaths(target, None if settings.no_draft else draft, fine_tunes, bundled)
 
@@ -88,23 +91,3 @@ def load_pair(paths: ModelPaths, device: torch.device, dtype: str) -> tuple[Targ
     if paths.draft is not None:
         draft = DraftModel.load(paths.draft, dtype=target.dtype, device=device)
     return target, draft
-
-
-def num_cache_slots(
-    target: TargetModel, draft: DraftModel | None, *, cache_mib: int, max_model_len: int, max_running: int
-) -> int:
-    """Cache slots that ``cache_mib`` MiB hold, and no more than ``max_running`` longest sequences need.
-
-    Raises ``ConfigurationError`` when not even one sequence fits.
-    """
-    per_slot = SpeculativeDecoder.bytes_per_slot(target, draft)
-    room_for_drafts = 64
-    longest = max_model_len + room_for_drafts
-    slots = min(cache_mib * 1024 * 1024 // per_slot, max_running * longest)
-    if slots < longest:
-        needed = -(-longest * per_slot // (1024 * 1024))
-        raise ConfigurationError(
-            f"cache_mib is {cache_mib}; one sequence of {max_model_len} tokens needs {needed}. Raise it or lower "
-            "max_model_len"
-        )
-    return int(slots)

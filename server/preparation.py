@@ -6,17 +6,20 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from adapters.errors import UnknownModelError
+from adapters.template_renderer import TemplateRenderer
+from eda.chat_template import ChatTemplateError, Message
 from eda.sampling import SamplingParams
 from eda.speculative import SequenceState
-from server.engine.sequence import Sequence, SequenceLabels
+from eda.tokenizer import TextTokenizer
+from server.engine.sequence import DraftMode, Sequence, SequenceLabels
 from server.engine.stopping import StopChecker, StopConditions
 from server.errors import ContextLengthError, InvalidRequestError, UnknownModelNameError
 from server.schemas import ChatCompletionRequest, CompletionRequest, GenerationOptions
 from server.services import Lease, Services
-from server.tokenizer import ChatTemplateError, TextTokenizer
+from server.tokenizer import detokenizer_of, render_chat
 
 DEFAULT_COMPLETION_TOKENS = 16
-"""What OpenAI's completions generate when ``max_tokens`` is not given; chats go on to the model's end."""
+"""What OpenAI's completions generate when ``max_tokens`` is not given; chats have ``Runtime.chat_max_tokens``."""
 
 TOKENIZE_INLINE = 8_192
 """Characters up to which a text is tokenized in the event loop; longer ones would hold up other requests."""
@@ -62,6 +65,17 @@ async def acquire(services: Services, model: str) -> Lease:
         return await asyncio.to_thread(registry.acquire, model)
     except UnknownModelError:
         raise unknown_model(model) from None
+
+
+async def tokenizer_named(services: Services, model: str | None) -> TextTokenizer:
+    """The tokenizer of ``model``, or of the base for ``None``. Raises ``UnknownModelNameError``."""
+    if model is None:
+        return services.loaded().tokenizer
+    lease = await acquire(services, model)
+    try:
+        return services.tokenizer_of(lease.fine_tune)
+    finally:
+        lease.release()
 
 
 def max_model_len_of(services: Services, model: str) -> int:
@@ -111,11 +125,11 @@ async def completion_prompts(
 
 
 async def chat_prompt(
-    messages: SequenceOf[dict[str, str]], tokenizer: TextTokenizer, max_model_len: int
+    messages: SequenceOf[Message], tokenizer: TextTokenizer, templates: TemplateRenderer, max_model_len: int
 ) -> list[int]:
     """Token ids of a conversation under the model's template."""
     try:
-        text = tokenizer.render_chat(messages)
+        text = await render_chat(templates, tokenizer, messages)
     except ChatTemplateError as error:
         raise InvalidRequestError(str(error), param="messages") from error
     # The template writes the special tokens itself.
@@ -135,7 +149,7 @@ def build(
 
     Raises ``InvalidRequestError`` and ``ContextLengthError`` with the parameter at fault.
     """
-    settings, tokenizer = services.settings, services.tokenizer
+    settings, tokenizer = services.settings, services.tokenizer_of(lease.fine_tune)
     copies = body.n or 1
     if len(prompts) * copies > settings.sequences_limit:
         raise InvalidRequestError(
@@ -145,18 +159,22 @@ def build(
         )
     _check_limits(services, body)
     config = lease.fine_tune.model.config
-    eos_ids = frozenset(config.eos_token_ids) | tokenizer.eos_ids
+    # Files may name end tokens that the model does not have; these are never generated.
+    eos_ids = frozenset(i for i in {*config.eos_token_ids, *tokenizer.eos_ids} if i < config.vocab_size)
     deadline = time.monotonic() + settings.request_timeout
-    uses_adapter = body.draft == "private"
+    draft = _draft_mode(services, body, lease)
+    uses_adapter = draft == "private"
     labels = SequenceLabels(
         lease.model_name,
-        body.draft,
+        draft,
         lease.adapter if uses_adapter else None,
         lease.adapter_version if uses_adapter else None,
     )
     sequences: list[Sequence] = []
     for place, prompt in enumerate(prompts):
-        max_tokens = _max_tokens(body, prompt, config.vocab_size, max_model_len)
+        max_tokens = _max_tokens(
+            body, prompt, config.vocab_size, max_model_len, services.loaded().chat_max_tokens
+        )
         conditions = StopConditions(
             max_tokens=max_tokens,
             min_tokens=body.min_tokens,
@@ -172,13 +190,14 @@ def build(
                 fine_tune=lease.fine_tune,
                 sampling=_sampling(body, conditions, config.vocab_size, copy),
                 private=lease.private if uses_adapter else None,
-                speculation=services.engine.speculation_for(body.draft),
+                speculation=services.engine.speculation_for(draft),
             )
             hidden = eos_ids - frozenset(body.stop_token_ids or ())
-            checker = StopChecker(conditions, tokenizer.detokenizer(), hidden)
+            checker = StopChecker(conditions, detokenizer_of(tokenizer), hidden)
             sequence = Sequence(
                 f"{request_id}-{place * copies + copy}", state, checker, labels, deadline, body.priority
             )
+            sequence.prefers_private = body.draft == "private"
             if not services.engine.engine.fits(sequence):
                 raise ContextLengthError(
                     f"{len(prompt)} prompt tokens and {max_tokens} output tokens do not fit into the server's cache",
@@ -188,6 +207,24 @@ def build(
     return PreparedRequest(request_id, lease, sequences, prompts, copies, echoes)
 
 
+def _draft_mode(services: Services, body: GenerationOptions, lease: Lease) -> DraftMode:
+    """What drafts for this request: what it asks for, as far as it is there.
+
+    A model without a private module has the shared draft alone. On a server without a draft the default decodes
+    plainly; a draft that was asked for by name is refused with ``InvalidRequestError``.
+    """
+    if body.draft == "none":
+        return "none"
+    if not services.loaded().can_draft:
+        if "draft" in body.model_fields_set:
+            raise InvalidRequestError(
+                f'draft is "{body.draft}"; this server runs without a draft model, so leave it out or give "none"',
+                param="draft",
+            )
+        return "none"
+    return "private" if body.draft == "private" and lease.private is not None else "shared"
+
+
 def _length_param(body: GenerationOptions) -> str:
     if isinstance(body, ChatCompletionRequest):
         return "max_completion_tokens" if body.max_completion_tokens is not None else "messages"
@@ -195,9 +232,13 @@ def _length_param(body: GenerationOptions) -> str:
 
 
 def _max_tokens(
-    body: CompletionRequest | ChatCompletionRequest, prompt: list[int], vocab_size: int, max_model_len: int
+    body: CompletionRequest | ChatCompletionRequest,
+    prompt: list[int],
+    vocab_size: int,
+    max_model_len: int,
+    chat_max_tokens: int,
 ) -> int:
-    """The most tokens that this prompt may be continued by."""
+    """The most tokens that this prompt may be continued by: cache for all of them is reserved at admission."""
     is_chat = isinstance(body, ChatCompletionRequest)
     prompt_param = "messages" if is_chat else "prompt"
     if not prompt:
@@ -219,7 +260,7 @@ def _max_tokens(
     if isinstance(body, ChatCompletionRequest) and body.max_completion_tokens is not None:
         wanted = body.max_completion_tokens
     if wanted is None:
-        wanted = room if is_chat else min(DEFAULT_COMPLETION_TOKENS, room)
+        wanted = min(max(chat_max_tokens, body.min_tokens) if is_chat else DEFAULT_COMPLETION_TOKENS, room)
     elif wanted > room:
         raise ContextLengthError(
             f"{len(prompt)} prompt tokens and {wanted} output tokens are more than the model's {max_model_len}",

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
+from eda.tokenizer import TextTokenizer
 from eda.verification import TokenLogprobs
 from server.engine.sequence import SequenceDelta
 from server.engine.stopping import FinishReason
@@ -17,7 +18,6 @@ from server.responses import (
     TopLogprob,
     Usage,
 )
-from server.tokenizer import TextTokenizer
 
 LOWEST_LOGPROB = -9999.0
 """Written for a probability of zero: JSON has no infinity."""
@@ -128,6 +128,7 @@ def metrics_of(request: PreparedRequest) -> RequestMetrics:
         if num_drafted
         else None,
         num_target_passes=num_passes,
+        draft=request.sequences[0].labels.draft,
         adapter=request.sequences[0].labels.adapter,
         adapter_version=request.sequences[0].labels.adapter_version,
     )

@@ -50,6 +50,7 @@ class RequestMetrics(BaseModel):
         description="accepted of proposed draft tokens; null: none proposed"
     )
     num_target_passes: int
+    draft: Literal["private", "shared", "none"] = Field(description="what drafted")
     adapter: str | None
     adapter_version: int | None
 

@@ -152,12 +152,24 @@ class ChatMessage(RequestModel):
     )
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1)] | None = None
 
-    def as_template_input(self) -> dict[str, str]:
-        """Plain text under a role that templates know: "developer" is OpenAI's later word for "system"."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+    @model_validator(mode="after")
+    def _check_content(self) -> "ChatMessage":
+        # OpenAI allows null beside tool calls. These are refused by their own name, which must not be hidden.
+        if self.content is None:
+            raise ParameterError(
+                "content",
+                f"content of the {self.role} message is null; a text or a list of text parts is needed",
+            )
+        return self
+
+    def as_template_input(self) -> dict[str, Any]:
+        """Under a role that templates know: "developer" is OpenAI's later word for "system"."""
+        content: Any = self.content
+        if isinstance(content, list):
+            content = [{"type": "text", "text": part.text} for part in content]
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
 class ChatCompletionRequest(GenerationOptions):
@@ -201,7 +213,7 @@ class ChatCompletionRequest(GenerationOptions):
 class TokenizeRequest(RequestModel):
     """``POST /tokenize``: either ``prompt`` or ``messages``."""
 
-    model: str | None = Field(None, description="any served model; all share one tokenizer")
+    model: str | None = Field(None, description="a served model; default: the base")
     prompt: Text | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
     add_special_tokens: bool | None = Field(

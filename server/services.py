@@ -7,13 +7,14 @@ from typing import Protocol
 from fastapi import APIRouter, Request
 
 from adapters.service import AdapterService
+from adapters.template_renderer import TemplateRenderer
 from eda.private import PrivateModule
 from eda.target import FineTune
+from eda.tokenizer import TextTokenizer
 from server.engine.async_engine import AsyncEngine
 from server.errors import UnavailableError
 from server.metrics import ServerMetrics
 from server.settings import Settings
-from server.tokenizer import TextTokenizer
 
 
 class ServedModel(Protocol):
@@ -64,14 +65,18 @@ class ModelRegistry(Protocol):
 class Runtime:
     """What exists once the models are loaded.
 
-    ``adapters`` is what the administrative routes work with; ``None`` in a server that has none. ``routers`` are added
-    to the application once it is loaded; ``on_close`` is called after the engine has stopped.
+    ``tokenizer`` is the base's. ``adapters`` is what the administrative routes work with; ``None`` in a server that has
+    none. ``can_draft`` is false in a server without a draft model. ``chat_max_tokens`` bounds chats that give no limit.
+    ``routers`` are added to the application once it is loaded; ``on_close`` is called after the engine has stopped.
     """
 
     engine: AsyncEngine
     registry: ModelRegistry
     tokenizer: TextTokenizer
     adapters: AdapterService | None = None
+    can_draft: bool = True
+    chat_max_tokens: int = 2048
+    templates: TemplateRenderer = field(default_factory=TemplateRenderer)
     routers: list[APIRouter] = field(default_factory=list)
     on_start: Callable[[], None] = lambda: None
     on_close: Callable[[], None] = lambda: None
@@ -113,8 +118,12 @@ class Services:
         return self.loaded().registry
 
     @property
-    def tokenizer(self) -> TextTokenizer:
-        return self.loaded().tokenizer
+    def templates(self) -> TemplateRenderer:
+        return self.loaded().templates
+
+    def tokenizer_of(self, fine_tune: FineTune) -> TextTokenizer:
+        """The fine-tune's own tokenizer and chat template where it brings them, else the base's."""
+        return fine_tune.tokenizer or self.loaded().tokenizer
 
     @property
     def health_problem(self) -> str | None:

@@ -39,7 +39,7 @@ class Settings(BaseSettings):
     models_dir: Path = Field(
         BUNDLED_MODELS, description="family directory that the other model settings default to"
     )
-    target: Path | None = Field(None, description="base model directory [models_dir/base]")
+    target: Path | None = Field(None, description="base model: directory or GGUF file [models_dir/base]")
     draft: Path | None = Field(None, description="shared draft directory [models_dir/draft, if there is one]")
     no_draft: bool = Field(False, description="serve without a draft")
     fine_tunes: dict[str, Path] = Field(
@@ -60,8 +60,20 @@ class Settings(BaseSettings):
     )
 
     # Engine
-    cache_mib: int = Field(1024, ge=1, description="memory of the key/value cache, MiB")
-    max_model_len: int | None = Field(None, ge=2, description="longest sequence in tokens [the model's own]")
+    cache_mib: int | None = Field(
+        None,
+        ge=1,
+        description="memory of the key/value cache, MiB [1024, or what one longest sequence needs; "
+        "at most half of what is free]",
+    )
+    max_model_len: int | None = Field(
+        None, ge=2, description="longest sequence in tokens [the model's own, or what the cache holds]"
+    )
+    chat_max_tokens: int = Field(
+        2048,
+        ge=1,
+        description="most tokens of a chat's answer that gives no limit; never more than a quarter of the cache",
+    )
     max_running: int = Field(64, ge=1, description="sequences in one batch")
     max_waiting: int = Field(256, ge=1, description="sequences that may wait before requests get 429")
     max_tokens_per_step: int = Field(512, ge=1, description="tokens in one pass of the target")

@@ -12,6 +12,7 @@ from eda.kernels.body import CpuBody
 from eda.kernels.target import supports
 from eda.lora import LoraAdapter
 from eda.target import FineTune, TargetModel, TorchBody
+from eda.tokenizer_files import load_own_tokenizer
 
 # A fine-tune shares the base's draft, whose cache and features have these sizes.
 _SHARED_SIZES = (
@@ -54,11 +55,14 @@ def load_fine_tune(path_or_hub_id: str | Path, base: TargetModel, name: str) -> 
     """
     path = resolve_directory(path_or_hub_id)
     _check_vocabulary(path, base)
+    tokenizer = None
+    if base.path is not None and path != base.path:
+        tokenizer = load_own_tokenizer(path, base.path, base.config.vocab_size)
     if (path / ADAPTER_CONFIG_FILE).exists():
         lora = LoraAdapter.load(
             path, base.config, base_fingerprint=base.fingerprint, dtype=base.dtype, device=base.device
         )
-        return FineTune(name, base, _without_copies(lora, base))
+        return FineTune(name, base, _without_copies(lora, base), tokenizer)
     config = ModelConfig.from_directory(path)
     differing = [
         f"{field} {getattr(config, field)} (base: {getattr(base.config, field)})"
@@ -67,7 +71,8 @@ def load_fine_tune(path_or_hub_id: str | Path, base: TargetModel, name: str) -> 
     ]
     if differing:
         raise MismatchError(f"{path} is no fine-tune of this base: {', '.join(differing)}")
-    return FineTune(name, load_target(path, dtype=base.dtype, device=base.device))
+    model = load_target(path, dtype=base.dtype, device=base.device)
+    return FineTune(name, model, tokenizer=tokenizer)
 
 
 def _check_vocabulary(path: Path, base: TargetModel) -> None:

@@ -32,8 +32,8 @@ from eda.tree import best_nodes
 # Log-probabilities are the target's: no draft has anything to do with them.
 CHAINS_COVER = SamplingDemand.DRAWS | SamplingDemand.TEMPERATURE | SamplingDemand.LOGPROBS
 """Of rows whose chains are recorded."""
-TREES_COVER = SamplingDemand.DRAWS | SamplingDemand.LOGPROBS
-"""Of rows whose trees are recorded."""
+TREES_COVER = CHAINS_COVER | SamplingDemand.CUTS
+"""Of rows whose trees are recorded. They grow by the draft's probabilities before temperature and cuts."""
 _ROW_INPUTS = ("starts", "lengths", "steps", "scratch")
 
 

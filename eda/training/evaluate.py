@@ -23,7 +23,7 @@ from eda.training.progress import (
     ignore_progress,
     never_stop,
 )
-from eda.training.prompts import ChatFormat, Prompt
+from eda.training.prompts import ChatFormat, Prompt, encode_prompts
 
 LOOP_LENGTH = 8
 LOOP_REPEATS = 3
@@ -104,7 +104,7 @@ def evaluate(
     Raises ``StageStoppedError`` when ``should_stop`` says so; nothing is kept, as half a measurement is none.
     """
     encoded = [
-        ids for prompt in prompts if len(ids := chat.prompt_ids(prompt.messages)) <= config.max_prompt_tokens
+        ids for _, ids in encode_prompts(prompts, chat, should_stop) if len(ids) <= config.max_prompt_tokens
     ]
     groups = [encoded[at : at + config.batch_size] for at in range(0, len(encoded), config.batch_size)]
     generations: dict[tuple[str, float], list[Generation]] = {}

@@ -3,16 +3,24 @@
 import gzip
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from transformers import AutoTokenizer
-
-from eda.errors import CheckpointError, DataError
+from eda.chat_template import ChatTemplateError, Render
+from eda.chat_template import render as render_without_limits
+from eda.errors import DataError
+from eda.target import FineTune
+from eda.tokenizer import TextTokenizer
+from eda.tokenizer_files import load_tokenizer
+from eda.training.progress import ShouldStop, StageStoppedError, never_stop
 
 Message = Mapping[str, str]
+
+_SECONDS_BETWEEN_QUESTIONS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +115,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                         f"{path}, line {number} holds a JSON {type(row).__name__}; an object was expected"
                     )
                 yield number, row
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
@@ -145,65 +153,90 @@ class ChatFormat:
     """A tokenizer with its chat template.
 
     Without a template the messages' contents stand one per line, as a base model that never saw a chat expects.
+
+    Args:
+        eos_ids: tokens that end an answer, beside those of the tokenizer.
+        render: runs the chat template; where a stranger may have written it, one with limits.
     """
 
-    def __init__(self, tokenizer: Any, eos_ids: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        own = tokenizer.eos_token_id
-        self.eos_ids = frozenset(eos_ids) | (frozenset() if own is None else {int(own)})
+    def __init__(
+        self, tokenizer: TextTokenizer, eos_ids: Iterable[int] = (), render: Render = render_without_limits
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.eos_ids = frozenset(eos_ids) | tokenizer.eos_ids
         """Tokens that end an answer."""
+        self.render = render
 
     @classmethod
-    def load(cls, *directories: Path, eos_ids: Sequence[int] = ()) -> Self:
-        """The tokenizer of the first of ``directories`` that has one (the fine-tune's, then the base's).
+    def load(
+        cls, directory: Path, *, eos_ids: Iterable[int] = (), render: Render = render_without_limits
+    ) -> Self:
+        """The format of a model directory. Raises ``CheckpointError`` when it holds no usable tokenizer."""
+        return cls(load_tokenizer(directory), eos_ids, render)
 
-        Raises ``CheckpointError`` when none has.
-        """
-        for directory in directories:
-            if (directory / "tokenizer.json").exists() or (directory / "tokenizer_config.json").exists():
-                try:
-                    return cls(AutoTokenizer.from_pretrained(str(directory)), eos_ids)
-                except Exception as error:  # tokenizers raise many types
-                    raise CheckpointError(f"{directory} has an unusable tokenizer: {error}") from error
-        names = ", ".join(map(str, directories))
-        raise CheckpointError(f"no tokenizer (tokenizer.json) lies in {names}")
+    @classmethod
+    def of_fine_tune(
+        cls, fine_tune: FineTune, base_directory: Path, *, render: Render = render_without_limits
+    ) -> Self:
+        """The format that ``fine_tune`` is served with: its own where it brings one, else the base's."""
+        tokenizer = fine_tune.tokenizer or load_tokenizer(base_directory)
+        return cls(tokenizer, fine_tune.model.config.eos_token_ids, render)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of the conversation up to where the assistant's answer begins."""
-        return self._encode(self._render(messages))
+        """Token ids of the conversation up to where the assistant's answer begins. Raises ``ChatTemplateError``."""
+        return self.text_ids(self._render(messages))
 
     def response_ids(self, text: str) -> list[int]:
         """Token ids of an answer, closed with the end-of-turn token."""
-        end = self._tokenizer.eos_token_id
-        return [*self._encode(text), *([] if end is None else [int(end)])]
+        end = self.tokenizer.eos_id
+        return [*self.text_ids(text), *([] if end is None else [end])]
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of plain text."""
-        return self._encode(text)
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def user_prefix_ids(self) -> list[int]:
-        """Token ids of the template up to where the user's first message begins."""
+        """Token ids of the template up to where the user's first message begins. Raises ``ChatTemplateError``."""
         mark = "\u2063here\u2063"
-        text = self._render([{"role": "user", "content": mark}])
-        ids = self._encode(text[: text.index(mark)])
+        before, found, _ = self._render([{"role": "user", "content": mark}]).partition(mark)
+        if not found:
+            raise ChatTemplateError("the chat template does not write a user's message as it is")
+        ids = self.text_ids(before)
         if ids:
             return ids
-        start = self._tokenizer.bos_token_id
-        return [int(start)] if start is not None else self._encode("\n")
+        start = self.tokenizer.bos_id
+        return [start] if start is not None else self.text_ids("\n")
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text without special tokens."""
-        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
-        return text
+        return self.tokenizer.decode(token_ids)
 
     def _render(self, messages: Sequence[Message]) -> str:
-        if self._tokenizer.chat_template is None:
+        template = self.tokenizer.chat_template
+        if template is None:
             return "".join(message["content"] + "\n" for message in messages)
-        text: str = self._tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-        )
-        return text
+        return self.render(template, messages)
 
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        return ids
+
+def encode_prompts(
+    prompts: Sequence[Prompt], chat: ChatFormat, should_stop: ShouldStop = never_stop
+) -> list[tuple[Prompt, list[int]]]:
+    """Each prompt with its token ids.
+
+    Raises ``DataError`` with the id of a prompt that the chat template refuses, ``StageStoppedError`` when
+    ``should_stop`` says so: a template may take its time.
+    """
+    encoded: list[tuple[Prompt, list[int]]] = []
+    last_asked = time.monotonic()
+    for prompt in prompts:
+        if time.monotonic() - last_asked > _SECONDS_BETWEEN_QUESTIONS:
+            last_asked = time.monotonic()
+            if should_stop():
+                raise StageStoppedError(
+                    f"stopped after {len(encoded)} of {len(prompts)} prompts were encoded"
+                )
+        try:
+            encoded.append((prompt, chat.prompt_ids(prompt.messages)))
+        except ChatTemplateError as error:
+            raise DataError(f"prompt {prompt.id!r}: {error}") from error
+    return encoded

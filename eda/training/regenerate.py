@@ -33,7 +33,7 @@ from eda.training.progress import (
     ignore_progress,
     never_stop,
 )
-from eda.training.prompts import ChatFormat, Prompt
+from eda.training.prompts import ChatFormat, Prompt, encode_prompts
 from eda.training.samples import Sample, read_samples
 
 SAMPLES_FILE = "samples.jsonl"
@@ -102,11 +102,11 @@ def regenerate(
     Each answer is appended as soon as it is complete; a later call with the same arguments adds only what is missing.
 
     Raises:
-        DataError: the samples there are damaged.
+        DataError: the samples there are damaged, or the chat template refuses a prompt.
         TrainingError: they were made with other settings, or the disk is full.
         StageStoppedError: ``should_stop`` said so; what is complete is kept.
     """
-    encoded = [(prompt, chat.prompt_ids(prompt.messages)) for prompt in prompts]
+    encoded = encode_prompts(prompts, chat, should_stop)
     too_long = [prompt.id for prompt, ids in encoded if len(ids) > config.max_prompt_tokens]
     usable = [(prompt, ids) for prompt, ids in encoded if 0 < len(ids) <= config.max_prompt_tokens]
     path = directory / SAMPLES_FILE

@@ -22,6 +22,7 @@ from eda.checkpoint import ADAPTER_CONFIG_FILE, resolve_directory
 from eda.draft import DraftModel
 from eda.errors import EdaError
 from eda.fingerprint import fingerprint_directory
+from eda.model_files import open_model
 from eda.training.files import hash_of_json, write_bytes_atomically
 from eda.training.prompts import Prompt, read_prompts
 from eda.training.selection import DEFAULT_SCORE, SCORES
@@ -116,12 +117,17 @@ def adapt(
         models = StageModels.load(spec, target, draft, device=device, dtype=dtype)
         stages = TrainingStages(models, AdapterStore(store))
         with progress_bars(quiet) as show, stop_on_interrupt() as should_stop:
+            counts: dict[str, tuple[int, int]] = {}
 
             def on_event(event: StageEvent) -> None:
-                if event.kind in ("progress", "message"):
-                    show(event.stage, round(1000 * event.fraction), 1000, event.message, {})
+                message = event.message
+                if event.kind == "progress":
+                    counts[event.stage] = event.done, event.total
                 elif event.kind == "stage_finished" and "reason" in event.data:
-                    show(event.stage, 1000, 1000, str(event.data["reason"]), {})
+                    message = str(event.data["reason"])
+                elif event.kind != "message":
+                    return
+                show(event.stage, *counts.get(event.stage, (0, 0)), message, {})
 
             result = run_adaptation(spec, workspace, stages, on_event, should_stop)
     except JobInterruptedError as error:
@@ -160,7 +166,7 @@ def _specification(
 ) -> AdaptationSpec:
     """The job. Its id follows from everything that decides the result, so the same command finds its files again."""
     path = resolve_directory(fine_tune)
-    base = fingerprint_directory(target)
+    base = open_model(target).fingerprint
     own = fingerprint_directory(path)
     kind: TargetKind = "full"
     if (path / ADAPTER_CONFIG_FILE).exists():

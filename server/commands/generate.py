@@ -15,18 +15,22 @@ from adapters.errors import AdapterServiceError
 from adapters.loading import ModelLoader
 from adapters.store import AdapterStore
 from eda.backends.loading import load_fine_tune
+from eda.chat_template import ChatTemplateError
 from eda.draft import DraftModel
 from eda.errors import EdaError, MismatchError
 from eda.generation import Generation, GenerationRequest, summarise
 from eda.generation import generate as generate_batch
 from eda.kinds import Chain, Off, Speculation, Tree
+from eda.model_files import is_gguf
 from eda.private import PrivateModule
 from eda.sampling import SamplingParams
 from eda.speculative import SpeculativeDecoder
 from eda.target import FineTune, TargetModel
+from eda.tokenizer import TextTokenizer
+from eda.tokenizer_files import load_tokenizer
 from server.models import ModelPaths, choose_device, load_pair, model_paths
 from server.settings import ConfigurationError, Settings, load_settings
-from server.tokenizer import ChatTemplateError, TextTokenizer
+from server.tokenizer import detokenizer_of
 
 
 class DraftChoice(StrEnum):
@@ -59,7 +63,8 @@ class LoadedModel:
 
 def generate(
     model: Annotated[
-        str, typer.Option(help="Served name (base, math, ...) or a directory: LoRA or checkpoint.")
+        str,
+        typer.Option(help="Served name (base, math, ...), a directory (LoRA or checkpoint) or a GGUF file."),
     ],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 256,
@@ -133,7 +138,9 @@ def load_model(settings: Settings, name: str, draft: DraftChoice | None) -> Load
     device = choose_device(settings.device)
     directory = Path(name)
     try:
-        paths = model_paths(settings)
+        # Nothing of the family belongs to another GGUF file than its own target.
+        alone = is_gguf(directory) and directory != settings.target
+        paths = ModelPaths(directory, None, {}, None) if alone else model_paths(settings)
     except ConfigurationError:
         if not (directory / "config.json").is_file():
             raise
@@ -165,7 +172,8 @@ def load_model(settings: Settings, name: str, draft: DraftChoice | None) -> Load
         raise ConfigurationError(
             "there is no shared draft for this model; use --draft none, or eda train-draft first"
         )
-    return LoadedModel(target, shared, fine_tune, private, TextTokenizer.load(tokenizer_directory))
+    tokenizer = fine_tune.tokenizer or load_tokenizer(tokenizer_directory)
+    return LoadedModel(target, shared, fine_tune, private, tokenizer)
 
 
 def _private_module(
@@ -217,7 +225,7 @@ def _run(
     num_slots = len(request.prompt_ids) + request.max_tokens + request.speculation.slots
     draft = None if isinstance(request.speculation, Off) else loaded.draft
     decoder = SpeculativeDecoder.for_models(loaded.target, draft, num_slots=num_slots)
-    detokenizer = loaded.tokenizer.detokenizer()
+    detokenizer = detokenizer_of(loaded.tokenizer)
     pieces: list[str] = []
 
     def write(piece: str) -> None:

@@ -96,10 +96,12 @@ def serve(
         int | None, typer.Option(help="CPU threads of the model. [all cores]", rich_help_panel=ENGINE)
     ] = None,
     cache_mib: Annotated[
-        int | None, typer.Option(help="Memory of the key/value cache, MiB. [1024]", rich_help_panel=ENGINE)
+        int | None,
+        typer.Option(help="Memory of the key/value cache, MiB. [what fits]", rich_help_panel=ENGINE),
     ] = None,
     max_model_len: Annotated[
-        int | None, typer.Option(help="Longest sequence, tokens. [the model's]", rich_help_panel=ENGINE)
+        int | None,
+        typer.Option(help="Longest sequence, tokens. [the model's, or what fits]", rich_help_panel=ENGINE),
     ] = None,
     max_running: Annotated[
         int | None, typer.Option(help="Sequences in a batch. [64]", rich_help_panel=ENGINE)

@@ -4,6 +4,7 @@
 leaves it through callbacks; no lock is held while the decoder works.
 """
 
+import logging
 import queue
 import threading
 import time
@@ -19,7 +20,13 @@ from server.engine.sequence import Sequence, SequenceDelta, StepStats
 from server.engine.speculation import SpeculationPolicy
 from server.engine.stopping import FinishReason
 
+logger = logging.getLogger(__name__)
+
 Output = tuple[Sequence, SequenceDelta]
+
+TELL_WAITING_AFTER = 1.0
+TELL_WAITING_EVERY = 10.0
+"""Seconds: when the log says what the first sequence of the queue waits for, and how often at most."""
 
 MAX_FAILED_STEPS = 8
 """Steps in a row in which every sequence failed, of models that had worked before: then the engine is broken."""
@@ -93,6 +100,7 @@ class Engine:
         self._failed_steps = 0
         self._worked: set[str] = set()
         self._last_progress = time.monotonic()
+        self._told_waiting = float("-inf")
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="eda-engine", daemon=True)
 
@@ -213,7 +221,25 @@ class Engine:
         refused = self._scheduler.admit(now)
         with self._lock:
             self._num_waiting -= before - self._scheduler.num_waiting
+        self._tell_waiting(now)
         return [self._end(sequence, FinishReason.ERROR, error) for sequence, error in refused]
+
+    def _tell_waiting(self, now: float) -> None:
+        """Logs what the queue waits for, in one line now and then."""
+        if now - self._told_waiting < TELL_WAITING_EVERY or (blocked := self._scheduler.blocked) is None:
+            return
+        sequence, cause = blocked
+        waited = now - sequence.timing.submitted
+        if waited >= TELL_WAITING_AFTER:
+            self._told_waiting = now
+            logger.info(
+                "request %s has waited %.1f s for %s; running: %d, waiting: %d",
+                sequence.request_id,
+                waited,
+                cause,
+                self.num_running,
+                self._scheduler.num_waiting,
+            )
 
     def _end_given_up(self, now: float) -> list[Output]:
         outputs: list[Output] = []

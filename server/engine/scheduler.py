@@ -64,6 +64,17 @@ class Scheduler:
         """Everything that is waiting or running."""
         return [*self.running, *(entry[2] for entry in self._waiting)]
 
+    @property
+    def blocked(self) -> tuple[Sequence, str] | None:
+        """The sequence at the front of the queue and what it waits for; for after ``admit``."""
+        if not self._waiting:
+            return None
+        first = self._waiting[0][2]
+        if len(self.running) >= self._limits.max_running:
+            return first, f"one of the {self._limits.max_running} places in the batch (max_running)"
+        output = first.state.max_length - first.num_prompt_tokens
+        return first, f"cache for {first.num_prompt_tokens} prompt tokens and up to {output} output tokens"
+
     def add(self, sequence: Sequence) -> None:
         self._arrivals += 1
         insort(self._waiting, (sequence.priority, self._arrivals, sequence), key=lambda entry: entry[:2])

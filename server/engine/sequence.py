@@ -25,6 +25,7 @@ class SequenceLabels:
 
     model_name: str
     draft: DraftMode
+    """What drafts, which may be less than the request asks for."""
     adapter: str | None = None
     adapter_version: int | None = None
 
@@ -103,6 +104,8 @@ class Sequence:
         checker: finds the end of the output; sees every token once.
         deadline: monotonic seconds after which the sequence is given up; ``None`` for never.
         priority: smaller ones are admitted first.
+        prefers_private: the request takes a private module where there is one, so that comparing the module with the
+            shared draft is fair.
     """
 
     request_id: str
@@ -111,6 +114,7 @@ class Sequence:
     labels: SequenceLabels
     deadline: float | None = None
     priority: int = 0
+    prefers_private: bool = False
     status: SequenceStatus = SequenceStatus.WAITING
     aborted: bool = False
     num_prompt_tokens: int = field(init=False)

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 from pydantic import BaseModel
 
+from eda.tokenizer import TextTokenizer
 from server.engine.sequence import SequenceDelta
 from server.preparation import PreparedRequest, acquire, build, chat_prompt, max_model_len_of
 from server.rendering import Collected, chat_logprobs, finish_reason_name, metrics_of, usage_of
@@ -22,7 +23,6 @@ from server.responses import (
 from server.schemas import ChatCompletionRequest
 from server.services import Services, services_of
 from server.streaming import Renderer, respond
-from server.tokenizer import TextTokenizer
 
 router = APIRouter(tags=["openai"])
 
@@ -112,13 +112,14 @@ async def create_chat_completion(
     max_model_len = max_model_len_of(services, body.model)
     lease = await acquire(services, body.model)
     try:
+        tokenizer = services.tokenizer_of(lease.fine_tune)
         messages = [message.as_template_input() for message in body.messages]
-        prompt = await chat_prompt(messages, services.tokenizer, max_model_len)
+        prompt = await chat_prompt(messages, tokenizer, services.templates, max_model_len)
         prepared = build(services, body, lease, http.state.request_id, [prompt], [], max_model_len)
     except BaseException:
         lease.release()
         raise
     if services.settings.log_prompts:
         http.state.log["prompt"] = messages
-    renderer = ChatRenderer(body, services.tokenizer)
+    renderer = ChatRenderer(body, tokenizer)
     return await respond(services, http, prepared, renderer, stream=bool(body.stream))

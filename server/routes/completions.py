@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
+from eda.tokenizer import TextTokenizer
 from server.engine.sequence import SequenceDelta
 from server.preparation import PreparedRequest, acquire, build, completion_prompts, max_model_len_of
 from server.rendering import Collected, completion_logprobs, finish_reason_name, metrics_of, usage_of
@@ -14,7 +15,6 @@ from server.responses import CompletionChoice, CompletionResponse
 from server.schemas import CompletionRequest
 from server.services import Services, services_of
 from server.streaming import Renderer, respond
-from server.tokenizer import TextTokenizer
 
 router = APIRouter(tags=["openai"])
 
@@ -109,12 +109,13 @@ async def create_completion(
     max_model_len = max_model_len_of(services, body.model)
     lease = await acquire(services, body.model)
     try:
-        prompts, echoes = await completion_prompts(body, services.tokenizer, max_model_len)
+        tokenizer = services.tokenizer_of(lease.fine_tune)
+        prompts, echoes = await completion_prompts(body, tokenizer, max_model_len)
         prepared = build(services, body, lease, http.state.request_id, prompts, echoes, max_model_len)
     except BaseException:
         lease.release()
         raise
     if services.settings.log_prompts:
         http.state.log["prompt"] = body.prompt
-    renderer = CompletionRenderer(body, services.tokenizer)
+    renderer = CompletionRenderer(body, tokenizer)
     return await respond(services, http, prepared, renderer, stream=bool(body.stream))

@@ -85,7 +85,7 @@ async def cancel_job(job_id: str, adapters: Adapters) -> JobBody:
 @router.post("/jobs/{job_id}/retry")
 async def retry_job(job_id: str, adapters: Adapters) -> JobBody:
     """Queue a failed or cancelled job again; it goes on after its last finished stage."""
-    return JobBody.of(await asyncio.to_thread(adapters.queue.retry, job_id))
+    return JobBody.of(await asyncio.to_thread(adapters.retry, job_id))
 
 
 async def _events(queue: JobQueue, services: Services, job_id: str, last_id: int) -> AsyncIterator[str]:

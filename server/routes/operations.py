@@ -9,7 +9,7 @@ from fastapi.responses import Response
 
 from server.errors import InvalidRequestError, UnavailableError
 from server.metrics import CONTENT_TYPE
-from server.preparation import chat_prompt, max_model_len_of, tokenize
+from server.preparation import chat_prompt, max_model_len_of, tokenize, tokenizer_named
 from server.responses import DetokenizeResponse, HealthResponse, TokenizeResponse, VersionResponse
 from server.schemas import DetokenizeRequest, TokenizeRequest
 from server.services import Services, services_of
@@ -60,9 +60,9 @@ async def metrics(services: Provided) -> Response:
 @router.post("/tokenize")
 async def tokenize_text(body: TokenizeRequest, services: Provided) -> TokenizeResponse:
     """Token ids of a prompt, or of messages under the chat template."""
-    tokenizer, registry = services.tokenizer, services.registry
-    name = body.model if body.model is not None else registry.model_names()[0]
+    name = body.model if body.model is not None else services.registry.model_names()[0]
     max_model_len = max_model_len_of(services, name)
+    tokenizer = await tokenizer_named(services, body.model)
     # Longer texts than the model takes may be counted, within the limit of the body.
     limit = services.settings.max_body_bytes
     if body.messages is not None:
@@ -72,7 +72,7 @@ async def tokenize_text(body: TokenizeRequest, services: Provided) -> TokenizeRe
                 param="add_special_tokens",
             )
         tokens = await chat_prompt(
-            [message.as_template_input() for message in body.messages], tokenizer, limit
+            [message.as_template_input() for message in body.messages], tokenizer, services.templates, limit
         )
     else:
         special = body.add_special_tokens is not False
@@ -84,12 +84,11 @@ async def tokenize_text(body: TokenizeRequest, services: Provided) -> TokenizeRe
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, services: Provided) -> DetokenizeResponse:
     """The text of token ids; special tokens have none."""
-    if body.model is not None:
-        max_model_len_of(services, body.model)
-    outside = [token for token in body.tokens if token >= services.tokenizer.vocab_size]
+    tokenizer = await tokenizer_named(services, body.model)
+    outside = [token for token in body.tokens if token >= tokenizer.vocab_size]
     if outside:
         raise InvalidRequestError(
-            f"tokens has {outside[0]}; the vocabulary ends at {services.tokenizer.vocab_size - 1}",
+            f"tokens has {outside[0]}; the vocabulary ends at {tokenizer.vocab_size - 1}",
             param="tokens",
         )
-    return DetokenizeResponse(prompt=services.tokenizer.decode(body.tokens))
+    return DetokenizeResponse(prompt=tokenizer.decode(body.tokens))

@@ -22,9 +22,9 @@ from eda.draft import DraftModel
 from eda.kinds import Chain
 from eda.sampling_params import SamplingParams
 from eda.speculative import ScheduledRow, SequenceState, SpeculativeDecoder
+from eda.tokenizer_files import load_tokenizer
 from server.cli import app
 from server.settings import BUNDLED_MODELS as MODELS
-from server.tokenizer import TextTokenizer
 
 VARIABLE = "EDA_TEST_VLLM_PYTHON"
 NUM_TOKENS, NUM_DRAFT_TOKENS = 48, 5
@@ -56,7 +56,7 @@ print("ANSWER", json.dumps({
 
 
 def prompts() -> list[list[int]]:
-    tokenizer = TextTokenizer.load(MODELS / "base")
+    tokenizer = load_tokenizer(MODELS / "base")
     texts = [tokenizer.render_chat([{"role": "user", "content": question}]) for question in QUESTIONS]
     return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
 

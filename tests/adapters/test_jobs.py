@@ -3,12 +3,13 @@
 import os
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 from sqlalchemy import update
 
 from adapters import process
-from adapters.claims import Outcome, take_job
+from adapters.claims import Claim, Outcome, take_job
 from adapters.database import jobs
 from adapters.errors import (
     ClaimLostError,
@@ -37,6 +38,51 @@ def test_a_job_runs_publishes_and_activates(setup: Service) -> None:
     assert finished == list(STAGES)
     assert "metric" in setup.event_types(job.id)
     assert not setup.workspaces.directory(job.id).exists()
+
+
+def test_shown_progress_never_falls_whatever_stages_report(
+    setup: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also over a worker's death in the middle of a stage, after which the stage begins anew."""
+    monkeypatch.setattr("adapters.worker._SECONDS_BETWEEN_REPORTS", 0.0)
+    shown: list[float] = []
+    original = Claim.progress
+
+    def spy(claim: Claim, stage: str, fraction: float, *rest: object) -> None:
+        original(claim, stage, fraction, *rest)  # type: ignore[arg-type]
+        shown.append(setup.queue.get(claim.job.id).progress)
+
+    monkeypatch.setattr(Claim, "progress", spy)
+
+    class Jumping(FakeStages):
+        deadly = True
+
+        def train(self, context: StageContext) -> Result:
+            for done in (1, 9, 2, 5):
+                context.progress(done, 10)
+            if self.deadly:
+                raise Died
+            return super().train(context)
+
+    class Surviving(Jumping):
+        deadly = False
+
+    def make(kind: type[FakeStages]) -> Callable[[Claim], FakeStages]:
+        return lambda claim: kind(setup.store, claim, steps=2, step_seconds=0.0)
+
+    job = setup.submit("math")
+    with pytest.raises(Died):
+        setup.worker(make(Jumping), lease_seconds=0.1).run_one()
+    before = shown[-1]
+    time.sleep(0.15)
+    assert setup.worker(make(Surviving)).run_one()
+    assert setup.queue.get(job.id).state == "succeeded"
+    assert shown == sorted(shown)
+    assert shown.count(before) > 4, "the second attempt goes through what the first had shown"
+
+
+class Died(BaseException):
+    """Stands for the death of the process: no handler of the worker catches it."""
 
 
 def test_events_resume_after_an_id(setup: Service) -> None:

@@ -1,5 +1,7 @@
 """kill -9 at random instants: nothing half-done is ever visible, nothing finished is ever lost."""
 
+import multiprocessing
+import os
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -120,6 +122,38 @@ def test_death_around_publishing_makes_no_second_version(setup: Service, moment:
 
 def _die(job_id: str) -> None:
     raise Killed
+
+
+def test_the_next_worker_removes_what_a_killed_one_was_writing(setup: Service) -> None:
+    job = setup.submit("math")
+    unfinished = setup.store.root / ".unfinished"
+
+    def die_while_writing(*_: object) -> None:
+        assert list(unfinished.iterdir())
+        os._exit(9)
+
+    def work_and_die() -> None:
+        setup.database.engine.dispose(close=False)  # connections are not shared with the parent
+        store = AdapterStore(setup.store.root)
+        patch = pytest.MonkeyPatch()
+        patch.setattr("adapters.store.sync_tree", die_while_writing)
+        setup.worker(
+            lambda claim: FakeStages(store, claim, steps=1, step_seconds=0), lease_seconds=0.1
+        ).run_one()
+
+    process = multiprocessing.get_context("fork").Process(target=work_and_die)
+    process.start()
+    process.join(30)
+    assert process.exitcode == 9
+    assert list(unfinished.iterdir()), "the test needs a version that was being written"
+    setup.queue.cancel(job.id)  # so that it is not published after all, which would clean up too
+    worker = setup.start_worker()
+    try:
+        wait_for(lambda: not unfinished.exists(), what="an empty store")
+        wait_for(lambda: setup.queue.get(job.id).state == "cancelled", what="the job's end")
+    finally:
+        stop(worker)
+    assert setup.store.versions("math") == []
 
 
 def test_two_processes_never_take_the_same_version_number(setup: Service, tmp_path: Path) -> None:

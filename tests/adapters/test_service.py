@@ -1,6 +1,7 @@
 """Submissions below HTTP, and a server process that is killed while it changes things."""
 
 import errno
+import gzip
 import random
 import shutil
 import threading
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -163,6 +165,38 @@ def test_data_beyond_its_limits(service: AdapterService, family: Family) -> None
         service.create("odd", source(family), DataSource(prompts=["fine", 3]), AdaptationOptions())
 
 
+def test_prompts_may_be_packed(service: AdapterService, family: Family) -> None:
+    lines = b'{"prompt": "one"}\n{"prompt": "two"}\n{"prompt": "three"}\n'
+    packed = family.paths["base"].parent / "prompts.jsonl.gz"
+    packed.write_bytes(gzip.compress(lines))
+    for name, data in (
+        ("by-path", DataSource(path=str(packed))),
+        ("sent", DataSource(upload=packed.read_bytes())),
+    ):
+        job = service.create(name, source(family), data, AdaptationOptions()).job
+        assert (service.workspaces.directory(job.id) / "prompts.jsonl").read_bytes() == lines
+        assert job.spec["data"]["count"] == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (gzip.compress(b"\n" * 50_000_000), TooLargeError, r"file unpacks to more than the limit"),
+        (gzip.compress(b'{"prompt": "one"}\n' * 20)[:-12], InvalidInputError, "file is no whole gzip file"),
+        (b"\x1f\x8b\x08" + b"\xff" * 40, InvalidInputError, "file is no whole gzip file"),
+    ],
+    ids=["bomb", "cut off", "damaged"],
+)
+def test_packed_prompts_are_unpacked_within_limits(
+    service: AdapterService, family: Family, content: bytes, error: type[Exception], message: str
+) -> None:
+    limits = DataLimits(max_bytes=50_000, reserve_bytes=0)
+    service.settings = replace(service.settings, data_limits=limits)
+    with pytest.raises(error, match=message):
+        service.create("packed", source(family), DataSource(upload=content), AdaptationOptions())
+    assert list(service.workspaces.root.glob("job-*")) == []
+
+
 @pytest.mark.parametrize(
     ("data", "training", "param", "message"),
     [
@@ -191,13 +225,61 @@ def test_a_job_that_could_only_fail_is_refused(
     assert "hopeless" not in service.registry.model_names()
 
 
+def test_a_model_that_is_too_short_for_a_job_is_refused(service: AdapterService, family: Family) -> None:
+    limits = DataLimits(reserve_bytes=0, max_model_len=33)
+    service.settings = replace(service.settings, data_limits=limits)
+    with pytest.raises(InvalidInputError, match="the model holds 33 tokens; adapting needs more than 33"):
+        service.create("short", source(family), SELF, AdaptationOptions())
+
+
+def test_a_job_for_weights_that_are_gone_or_changed_is_refused(
+    service: AdapterService, family: Family, tmp_path: Path
+) -> None:
+    served = family.paths["base"].parent / "on-the-move"
+    shutil.copytree(family.paths["code"], served)
+    try:
+        service.create("moved", TargetSource(str(served)), SELF, AdaptationOptions())
+        [job] = service.queue.page()
+        service.queue.cancel(job.id)
+        weights = served / "adapter_model.safetensors"
+        weights.rename(tmp_path / "away")
+        with pytest.raises(ConflictError, match="the weights of 'moved' cannot be read"):
+            service.adapt("moved", SELF, AdaptationOptions())
+        with pytest.raises(ConflictError, match="the weights of 'moved' cannot be read"):
+            service.retry(job.id)
+        shutil.copyfile(family.paths["medical"] / "adapter_model.safetensors", weights)
+        with pytest.raises(ConflictError, match="other weights now"):
+            service.adapt("moved", SELF, AdaptationOptions())
+        shutil.copyfile(tmp_path / "away", weights)
+        assert service.retry(job.id).state == "queued"
+        assert service.adapt("moved", SELF, AdaptationOptions()).job.state == "queued"
+    finally:
+        shutil.rmtree(served)
+
+
+def test_a_job_without_a_draft_is_refused(service: AdapterService, family: Family) -> None:
+    service.settings = replace(service.settings, has_draft=False)
+    for ask in (
+        lambda: service.create("law", source(family), SELF, AdaptationOptions()),
+        lambda: service.adapt("base", SELF, AdaptationOptions()),
+    ):
+        with pytest.raises(ConflictError, match="without a shared draft"):
+            ask()
+    assert service.queue.page() == []
+    assert service.registry.model_names() == ["base", "medical"]
+
+
 def test_a_disk_that_fills_up_while_prompts_are_written(
     service: AdapterService, family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, content: bytes) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    original = Path.open
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    def full(path: Path, mode: str = "r", *arguments: Any, **named: Any) -> Any:
+        if "w" in mode:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(path, mode, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", full)
     content = b'{"prompt": "a"}\n{"prompt": "b"}\n'
     with pytest.raises(StorageFullError, match="prompts cannot be written: No space left"):
         service.create("big", source(family), DataSource(upload=content), AdaptationOptions())

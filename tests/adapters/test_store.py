@@ -54,6 +54,18 @@ def test_what_a_killed_process_leaves_is_not_seen_and_goes(store: AdapterStore) 
     assert [problem.version for problem in store.scan().problems] == ["02"]
 
 
+def test_what_a_killed_writer_left_goes_with_the_next_version(store: AdapterStore) -> None:
+    rubbish = [store.root / ".unfinished" / "abc", store.root / ".trash" / "def"]
+    for work in (lambda: publish(store), lambda: store.delete("code")):
+        for directory in rubbish:
+            directory.mkdir(parents=True)
+            (directory / "private.safetensors").write_bytes(b"half")
+        work()
+        assert not any(directory.exists() for directory in rubbish)
+    assert store.versions("math") == [1]
+    assert store.scan().problems == []
+
+
 def test_a_moved_version_is_refused(store: AdapterStore) -> None:
     publish(store)
     os.rename(store.root / "math", store.root / "code")

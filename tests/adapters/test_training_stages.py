@@ -10,9 +10,9 @@ import pytest
 
 from adapters.errors import InvalidInputError, JobInterruptedError
 from adapters.loading import ModelLoader
-from adapters.pipeline import AdaptationResult, StageEvent, run_adaptation
+from adapters.pipeline import AdaptationResult, StageContext, StageEvent, run_adaptation
 from adapters.spec import STAGES, AdaptationSpec, DataKind, DataSpec, TargetKind, TrainingOptions
-from adapters.stage_job import AdaptationDefaults, StageModels
+from adapters.stage_job import AdaptationDefaults, StageJob, StageModels
 from adapters.stages import TrainingStages
 from adapters.store import AdapterStore
 from adapters.submission import AdaptationOptions
@@ -87,6 +87,28 @@ def test_prompts_to_a_version_that_loads(family: Path, tmp_path: Path, model: st
     assert job.run().version == 1  # everything is there: nothing is done twice
 
 
+def test_progress_counts_what_was_asked_for_and_never_falls(family: Path, tmp_path: Path) -> None:
+    job = Job(family, tmp_path, data="self")
+    job.spec = replace(job.spec, data=DataSpec("self", 6), triage=False)
+    job.run()
+    by_stage: dict[str, list[StageEvent]] = {}
+    for event in job.events:
+        if event.kind == "progress":
+            by_stage.setdefault(event.stage, []).append(event)
+    assert {"regenerate", "train", "evaluate"} <= set(by_stage)
+    for events in by_stage.values():
+        fractions = [event.fraction for event in events]
+        assert fractions == sorted(fractions)
+    written = [event for event in by_stage["regenerate"] if event.message == "writing prompts"]
+    answers = [event for event in by_stage["regenerate"] if not event.message]
+    usable = written[-1].done  # the tiny model may write fewer than it is asked for
+    assert {event.total for event in written} == {6}
+    assert [(event.done, event.total) for event in answers] == [
+        (number, usable) for number in range(1, usable + 1)
+    ]
+    assert answers[-1].fraction == 1.0
+
+
 def test_triage_reports_what_the_shared_draft_keeps(family: Path, tmp_path: Path) -> None:
     job = Job(family, tmp_path)
     result = job.run()
@@ -150,6 +172,17 @@ def test_options_that_cannot_work(family: Path, tmp_path: Path) -> None:
     job.spec = replace(job.spec, training=replace(OPTIONS, max_tokens=600))
     with pytest.raises(DataError, match="leave no room for prompts"):
         job.run()
+
+
+def test_answers_leave_room_for_prompts_in_a_short_model(family: Path, tmp_path: Path) -> None:
+    job = Job(family, tmp_path)
+    models = StageModels.load(job.spec, family / "base", family / "draft", device="cpu", dtype="float32")
+    model = models.fine_tune.model
+    model.config = replace(model.config, max_position_embeddings=100)
+    spec = replace(job.spec, training=TrainingOptions())
+    context = StageContext("regenerate", spec, job.workspace, {}, job.events.append, lambda: False)
+    config = StageJob(context, models, DEFAULTS).regeneration
+    assert (config.max_tokens, config.max_prompt_tokens) == (34, 34)
 
 
 def test_an_incumbent_is_measured_beside_the_new_version(family: Path, tmp_path: Path) -> None:

@@ -115,3 +115,25 @@ def test_the_check_fails_when_drafts_are_accepted_unseen(
     monkeypatch.setattr(EagerProposer, "propose_chains", overconfident)
     counts, _ = draws(family, "code", Chain(3))
     assert significance(counts, exact_probabilities(family, "code")) < 1e-4
+
+
+@pytest.mark.parametrize("seed", [None, 5], ids=["drawn", "seeded"])
+@pytest.mark.parametrize("bias", [BIAS, 0.0], ids=["few tokens", "all tokens"])
+def test_a_tree_at_temperature_1_with_top_k_1_is_accepted_as_a_greedy_one(
+    family: Family, bias: float, seed: int | None
+) -> None:
+    logit_bias = dict.fromkeys(allowed_tokens(family), bias) if bias else {}
+    greedy = SamplingParams(temperature=0.0, logit_bias=logit_bias)
+    nearly = SamplingParams(temperature=1.0, top_k=1, logit_bias=logit_bias, seed=seed)
+    tree = Tree(4, top_k=3, num_nodes=8)
+    prompts = [[5, 17, start] for start in range(40)]
+
+    def run(sampling: SamplingParams) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=4096, seed=1)
+        requests = [GenerationRequest(ids, 12, sampling=sampling, speculation=tree) for ids in prompts]
+        generations = generate(decoder, family.fine_tunes["code"], requests, max_batch=8)
+        return [(generation.token_ids, generation.steps) for generation in generations]
+
+    expected = run(greedy)
+    assert any(accepted for _, steps in expected for _, accepted in steps), "the test needs accepted drafts"
+    assert run(nearly) == expected

@@ -240,10 +240,29 @@ def test_logits_that_are_not_finite_report_probability_zero(value: float) -> Non
     assert all(0 <= column < 4 for column in columns.tolist())
 
 
-def test_draft_scores_are_log_probabilities_with_noise_where_seeded() -> None:
-    settings = [SamplingParams(temperature=0.0), SamplingParams(temperature=2.0), SamplingParams(seed=9)]
+def test_draft_scores_are_the_drafts_own_with_noise_where_seeded() -> None:
+    settings = [
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=2.0),
+        SamplingParams(seed=9),
+        SamplingParams(top_k=1),
+        SamplingParams(top_k=1, seed=9),
+    ]
+    logits = LOGITS[:1].expand(5, -1)
     contexts = [LogitsContext(params) for params in settings]
-    scores = draft_scores(LOGITS[:3], contexts, [5, 6, 7], IDS, VOCAB_SIZE)
-    torch.testing.assert_close(scores[0], LOGITS[0].log_softmax(-1))
-    torch.testing.assert_close(scores[1], (LOGITS[1] / 2.0).log_softmax(-1))
-    torch.testing.assert_close(scores[2], (LOGITS[2] + gumbel_noise(9, 7, VOCAB_SIZE)[IDS]).log_softmax(-1))
+    scores = draft_scores(logits, contexts, [5, 6, 7, 8, 9], IDS, VOCAB_SIZE)
+    own = LOGITS[0].log_softmax(-1)
+    for row in (0, 1, 3, 4):
+        torch.testing.assert_close(scores[row], own, msg=f"{settings[row]}")
+    torch.testing.assert_close(scores[2], (LOGITS[0] + gumbel_noise(9, 7, VOCAB_SIZE)[IDS]).log_softmax(-1))
+
+
+def test_draft_scores_of_seeded_rows_share_what_the_filters_keep_by_the_noise() -> None:
+    params = SamplingParams(temperature=0.5, top_k=3, seed=4)
+    [scores] = draft_scores(LOGITS[:1], [LogitsContext(params)], [5], IDS, VOCAB_SIZE)
+    own, noise = LOGITS[0].log_softmax(-1), gumbel_noise(4, 5, VOCAB_SIZE)[IDS]
+    kept = LOGITS[0].topk(3).indices.tolist()
+    others = [column for column in range(len(own)) if column not in kept]
+    torch.testing.assert_close(scores[others], own[others])
+    assert float(scores[kept].exp().sum()) == pytest.approx(float(own[kept].exp().sum()))
+    assert scores[kept].argmax() == (LOGITS[0] / 0.5 + noise)[kept].argmax()

@@ -50,6 +50,7 @@ class Server:
         assert services.runtime is not None
         assert services.runtime.adapters is not None
         self.adapters: AdapterService = services.runtime.adapters
+        self.services = services
         self.directory = directory
         self.client = httpx.Client(base_url=url, timeout=30)
 

@@ -67,7 +67,10 @@ def test_metrics_tell_how_the_draft_did(client: httpx.Client, oracle: Oracle) ->
     assert (drafted["adapter"], drafted["adapter_version"]) == ("math", 1)
     for draft in ("shared", "none"):  # nothing of the adapter was used
         metrics = complete(client, model="math", draft=draft)["metrics"]
-        assert (metrics["adapter"], metrics["adapter_version"]) == (None, None)
+        assert (metrics["draft"], metrics["adapter"], metrics["adapter_version"]) == (draft, None, None)
+    assert drafted["draft"] == "private"
+    # A model without a private module is served with the shared draft, and says so.
+    assert complete(client, model="base", draft="private")["metrics"]["draft"] == "shared"
     assert drafted["tokens_per_second"] > 0
     assert drafted["time_to_first_token_ms"] > 0
 

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from eda.tokenizer import TextTokenizer
 from server.engine.detokenizer import REPLACEMENT
-from server.tokenizer import TextTokenizer
+from server.tokenizer import detokenizer_of
 from tests.support.family import tiny_tokenizer
 
 FIRST_WORD = 257
@@ -29,13 +30,13 @@ def metaspace_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-BYTE_LEVEL = TextTokenizer(tiny_tokenizer())
-METASPACE = TextTokenizer(metaspace_tokenizer())
+BYTE_LEVEL = TextTokenizer(tiny_tokenizer().backend_tokenizer)
+METASPACE = TextTokenizer(metaspace_tokenizer().backend_tokenizer)
 TOKENIZERS = {"byte-level": BYTE_LEVEL, "metaspace": METASPACE}
 
 
 def pieces(tokenizer: TextTokenizer, ids: Sequence[int]) -> list[str]:
-    detokenizer = tokenizer.detokenizer()
+    detokenizer = detokenizer_of(tokenizer)
     return [*(detokenizer.push(token_id) for token_id in ids), detokenizer.flush()]
 
 
@@ -59,7 +60,7 @@ def test_real_text_never_shows_half_a_character(text: str) -> None:
 
 def test_text_before_an_incomplete_character_is_not_held_back() -> None:
     ids = BYTE_LEVEL.encode("fox €")
-    detokenizer = BYTE_LEVEL.detokenizer()
+    detokenizer = detokenizer_of(BYTE_LEVEL)
     before = "".join(detokenizer.push(token_id) for token_id in ids[:-1])
     assert before == "fox "
     assert detokenizer.push(ids[-1]) == "€"
@@ -67,5 +68,5 @@ def test_text_before_an_incomplete_character_is_not_held_back() -> None:
 
 def test_a_special_token_does_not_take_the_space_of_the_next_word() -> None:
     the, start, fox = FIRST_WORD, min(METASPACE.special_ids), FIRST_WORD + 4
-    detokenizer = METASPACE.detokenizer()
+    detokenizer = detokenizer_of(METASPACE)
     assert [detokenizer.push(token_id) for token_id in (the, start, fox)] == ["the", "", " fox"]

@@ -326,3 +326,33 @@ def test_a_fine_tune_that_never_worked_does_not_end_the_engine(threaded: Threade
     threaded.wait_for(lambda: threaded.bench.finished[-1].request_id == "good")
     assert threaded.bench.finished[-1].finish_reason is FinishReason.LENGTH
     assert not threaded.bench.deaths
+
+
+def waiting_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "has waited" in record.getMessage()]
+
+
+def test_the_log_says_once_what_the_queue_waits_for(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="server.engine.engine")
+    bench = Bench(FakeDecoder(num_slots=150), max_running=8)
+    first = make_sequence(max_tokens=100, name="long")
+    second, third = (make_sequence(max_tokens=90, name=name) for name in ("next", "last"))
+    bench.submit(first, second, third)
+    bench.step()
+    assert waiting_lines(caplog) == [], "a short wait is nothing to speak of"
+    second.timing.submitted -= 2.0
+    bench.step(5)
+    [line] = waiting_lines(caplog)
+    assert line.startswith("request next has waited 2.")
+    assert "for cache for 3 prompt tokens and up to 90 output tokens; running: 1, waiting: 2" in line
+
+
+def test_the_log_names_a_full_batch(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="server.engine.engine")
+    bench = Bench(max_running=1)
+    sequences = [make_sequence(max_tokens=50, name=name) for name in ("first", "second")]
+    bench.submit(*sequences)
+    sequences[1].timing.submitted -= 2.0
+    bench.step()
+    [line] = waiting_lines(caplog)
+    assert "for one of the 1 places in the batch (max_running)" in line

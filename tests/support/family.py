@@ -14,7 +14,8 @@ from eda.backends.loading import load_fine_tune, load_target
 from eda.draft import DraftConfig, DraftModel
 from eda.private import PrivateModule
 from eda.target import FineTune, TargetModel
-from server.tokenizer import TextTokenizer
+from eda.tokenizer import TextTokenizer
+from eda.tokenizer_files import load_tokenizer
 
 transformers_logging.disable_progress_bar()
 
@@ -145,4 +146,4 @@ class Family:
             "code": random_private(draft, 2),
             "full": random_private(draft, 3),
         }
-        return cls(directory, target, draft, fine_tunes, privates, TextTokenizer.load(directory / "base"))
+        return cls(directory, target, draft, fine_tunes, privates, load_tokenizer(directory / "base"))

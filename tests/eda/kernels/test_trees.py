@@ -116,3 +116,18 @@ def test_chains_in_the_call_of_the_extension_are_those_of_the_generic_way(family
         expected = proposer_of(decoder).propose_chains(states, hidden, lengths)
     assert [chain.token_ids for chain in chains] == [chain.token_ids for chain in expected]
     assert [len(chain.token_ids) for chain in chains] == lengths
+
+
+def test_near_greedy_sampling_grows_the_greedy_tree(
+    drafted: tuple[SpeculativeDecoder, list[SequenceState], torch.Tensor],
+) -> None:
+    decoder, states, hidden = drafted
+    shape = {"top_k": 4, "depth": 4, "num_nodes": 12}
+    settings = [SamplingParams(top_k=1), SamplingParams(temperature=0.1), SamplingParams(temperature=0.0)]
+    trees = []
+    for sampling in settings:
+        for state in states:
+            state.sampling = sampling
+        trees.append(proposer_of(decoder).propose_trees(states, hidden, **shape))
+    *nearly, greedy = [[paths_of(proposal) for proposal in tree] for tree in trees]
+    assert nearly == [greedy, greedy]

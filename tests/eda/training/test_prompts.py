@@ -107,7 +107,7 @@ def test_no_template_and_no_tokenizer(tmp_path: Path) -> None:
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     del settings["chat_template"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    chat = ChatFormat.load(tmp_path / "absent", tmp_path)
+    chat = ChatFormat.load(tmp_path)
     assert chat.decode(chat.prompt_ids([{"role": "user", "content": "hi"}])) == "hi\n"
     assert chat.user_prefix_ids() == [256]
     with pytest.raises(CheckpointError, match="no tokenizer"):

@@ -1,0 +1,1 @@
+"""Models in one GGUF file: header, configuration, weights, tokenizer."""

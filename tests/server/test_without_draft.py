@@ -1,0 +1,139 @@
+"""A server without a draft model: it decodes plainly, says so, and refuses what could never be done."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from structlog.testing import capture_logs
+
+from adapters.database import Database, sqlite_url
+from adapters.worker_process import DATABASE_FILE
+from eda.speculative import SpeculativeDecoder
+from server.loading import load_runtime
+from server.logs import configure_logs
+from server.services import Services
+from server.settings import Settings
+from tests.adapters.helpers import Service as JobService
+from tests.server.administration import Server
+from tests.server.serving import serve
+
+
+@pytest.fixture(scope="module")
+def server(family_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    directory = tmp_path_factory.mktemp("plain")
+    settings = Settings(
+        target=family_directory / "base",
+        fine_tunes={"math": family_directory / "math"},
+        data_dir=directory / "data",
+        adapter_roots=(directory / "loras",),
+        dtype="float32",
+        reserve_disk_mib=0,
+    )
+    services = Services(settings, load=load_runtime)
+    with serve(services) as url:
+        server = Server(url, services, directory)
+        yield server
+        server.client.close()
+
+
+def refusal(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    error: dict[str, Any] = response.json()["error"]
+    return error
+
+
+def test_the_default_draft_decodes_plainly_and_is_counted_as_that(server: Server) -> None:
+    metrics = server.complete("math")["metrics"]
+    assert (metrics["draft"], metrics["mean_acceptance_length"]) == ("none", 1.0)
+    assert server.complete("math", draft="none")["metrics"]["draft"] == "none"
+    exposition = server.client.get("/metrics").text
+    assert 'draft="none",model_name="math"' in exposition
+    assert 'draft="private"' not in exposition
+
+
+@pytest.mark.parametrize("draft", ["private", "shared"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_draft_that_is_asked_for_is_refused(server: Server, path: str, draft: str) -> None:
+    prompt = (
+        {"messages": [{"role": "user", "content": "fox"}]}
+        if "chat" in path
+        else {"prompt": "the quick brown"}
+    )
+    error = refusal(server.client.post(path, json={"model": "math", "draft": draft, **prompt}), 400)
+    assert error["param"] == "draft"
+    assert f'draft is "{draft}"' in error["message"]
+
+
+def test_a_job_is_refused_when_it_is_asked_for(server: Server) -> None:
+    assert "without a shared draft" in refusal(server.create("law"), 409)["message"]
+    body = {"data": {"prompts": ["one", "two"]}}
+    assert (
+        "without a shared draft"
+        in refusal(server.client.post("/adapters/math/jobs", json=body), 409)["message"]
+    )
+    assert server.client.get("/jobs").json()["data"] == []
+    assert server.client.get("/adapters/law").status_code == 404
+
+
+def test_jobs_of_an_earlier_run_are_spoken_of(family_directory: Path, tmp_path: Path) -> None:
+    database = Database(sqlite_url(tmp_path / DATABASE_FILE))
+    JobService(tmp_path, database).submit("law")
+    database.close()
+    settings = Settings(target=family_directory / "base", data_dir=tmp_path, dtype="float32")
+    configure_logs(Settings(log_level="warning"))
+    try:
+        with capture_logs() as lines:
+            runtime = load_runtime(Services(settings))
+    finally:
+        configure_logs(Settings(log_level="error"))
+    runtime.on_close()
+    [line] = [line for line in lines if line["event"].startswith("jobs wait for a worker")]
+    assert (line["jobs"], line["reason"]) == (1, "there is no draft to adapt")
+
+
+def test_a_fine_tune_is_served_without_a_job(server: Server) -> None:
+    body = {"lora_name": "law", "lora_path": server.lora("law")}
+    assert server.client.post("/v1/load_lora_adapter", json=body).status_code == 200
+    assert server.complete("law")["metrics"]["draft"] == "none"
+
+
+def test_a_chat_without_a_limit_has_a_bounded_one(server: Server) -> None:
+    runtime = server.services.loaded()
+    body = {
+        "model": "math",
+        "messages": [{"role": "user", "content": "the quick brown fox"}],
+        "ignore_eos": True,
+        "temperature": 0,
+    }
+    given = runtime.chat_max_tokens
+    runtime.chat_max_tokens = 20
+    try:
+        answer = server.client.post("/v1/chat/completions", json=body).json()
+        longer = server.client.post("/v1/chat/completions", json=body | {"min_tokens": 25}).json()
+    finally:
+        runtime.chat_max_tokens = given
+    assert answer["usage"]["completion_tokens"] == 20
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert longer["usage"]["completion_tokens"] == 25
+
+
+def test_cache_slots_are_counted(server: Server) -> None:
+    def slots() -> dict[str, float]:
+        families = text_string_to_metric_families(server.client.get("/metrics").text)
+        samples = [sample for family in families for sample in family.samples]
+        return {s.labels["state"]: s.value for s in samples if s.name == "eda_cache_slots"}
+
+    server.complete("math")
+    idle = slots()
+    assert idle["used"] == 0
+    decoder = server.services.engine.engine._decoder
+    assert isinstance(decoder, SpeculativeDecoder)
+    extent = decoder.cache.allocator.allocate(100)
+    try:
+        assert slots() == {"used": 100, "free": idle["free"] - 100}
+    finally:
+        decoder.cache.allocator.release(extent)
+    assert slots() == idle
