@@ -8,6 +8,7 @@ from adapters.manifest import WEIGHTS_FILE, Fingerprints, Manifest
 from adapters.store import AdapterStore
 from adapters.template_renderer import TemplateRenderer
 from adapters.tensors import refuse_unsafe_files
+from eda.backends.loading import load_fine_tune
 from eda.chat_template import ChatTemplateError
 from eda.checkpoint import ADAPTER_CONFIG_FILE
 from eda.draft import DraftModel
@@ -15,7 +16,7 @@ from eda.errors import CheckpointError, EdaError, MismatchError
 from eda.fingerprint import fingerprint_directory
 from eda.private import PrivateConfig, PrivateModule
 from eda.probe import require_usable
-from eda.target import FineTune, TargetModel, load_fine_tune
+from eda.target import FineTune, TargetModel
 
 
 class Loader(Protocol):

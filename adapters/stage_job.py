@@ -14,10 +14,11 @@ from adapters.recorded import RecordedPrompts
 from adapters.spec import DRAFT_ROOM, AdaptationSpec
 from adapters.template_renderer import TemplateRenderer
 from adapters.workspaces import PROMPTS_FILE, SAMPLES_FILE
+from eda.backends.loading import load_fine_tune, load_target
 from eda.draft import DraftModel
 from eda.errors import DataError, MismatchError
 from eda.speculative import SpeculativeDecoder
-from eda.target import FineTune, TargetModel, load_fine_tune
+from eda.target import FineTune, TargetModel
 from eda.training.evaluate import EvaluationConfig
 from eda.training.progress import OnProgress, ProgressEvent, StageStoppedError
 from eda.training.prompts import ChatFormat, Prompt, read_prompts, split_held_out
@@ -70,7 +71,7 @@ class StageModels:
         """Raises ``CheckpointError``, or ``MismatchError`` when the fine-tune is not the one that was posted."""
         place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         wanted = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-        base = TargetModel.load(target, dtype=wanted, device=place)
+        base = load_target(target, dtype=wanted, device=place)
         path = Path(spec.fine_tune_path)
         is_base = spec.kind == "target"
         fine_tune = FineTune(spec.adapter, base) if is_base else load_fine_tune(path, base, spec.adapter)
@@ -151,7 +152,7 @@ class StageJob:
     def decoder(self) -> SpeculativeDecoder:
         """One for the base and the fine-tune: caches depend on sizes, which they share."""
         slots = max(self.regeneration.num_slots, EvaluationConfig().num_slots) + 64
-        return SpeculativeDecoder(self._models.base, self._models.draft, num_slots=slots, seed=0)
+        return SpeculativeDecoder.for_models(self._models.base, self._models.draft, num_slots=slots, seed=0)
 
     @cached_property
     def chat(self) -> ChatFormat:

@@ -23,11 +23,12 @@ import torch
 
 from benchmarks.adaptation_runs import GRIDS, METHODS, DataSizes, DomainData, RunSpec, runs_of
 from benchmarks.adaptation_summary import load_results, markdown_table, plot, summarise
+from eda.backends.loading import load_fine_tune, load_target
 from eda.draft import DraftModel
 from eda.errors import EdaError
 from eda.private import PrivateModule
 from eda.speculative import SpeculativeDecoder, check_draft_fits
-from eda.target import FineTune, TargetModel, load_fine_tune
+from eda.target import FineTune
 from eda.training.acceptance import simulate_acceptance
 from eda.training.evaluate import EvaluationConfig, Variant, evaluate
 from eda.training.files import provenance, write_bytes_atomically, write_json
@@ -169,7 +170,7 @@ def _evaluate(
     dtype = data.base.model.dtype
     draft = copy.deepcopy(draft).to(dtype)
     private = None if private is None else copy.deepcopy(private).to(dtype)
-    decoder = SpeculativeDecoder(data.base.model, draft, num_slots=config.num_slots, seed=0)
+    decoder = SpeculativeDecoder.for_models(data.base.model, draft, num_slots=config.num_slots, seed=0)
     variants = {
         "plain": Variant(decoder, speculates=False),
         "this": Variant(decoder, private),
@@ -189,7 +190,7 @@ def write_summary(out: Path, files: Sequence[Path]) -> None:
 
 
 def _load_domains(options: argparse.Namespace) -> dict[str, DomainData]:
-    target = TargetModel.load(options.target)
+    target = load_target(options.target)
     draft = DraftModel.load(options.draft)
     check_draft_fits(draft, target)
     base = FineTune("base", target)

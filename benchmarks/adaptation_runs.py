@@ -156,7 +156,7 @@ class DomainData:
             train_prompts, sizes.held_out, seed=0, limit=sizes.prompts
         )
         self.evaluation_prompts = list(evaluation_prompts)[: sizes.evaluation]
-        self.decoder = SpeculativeDecoder(fine_tune.model, num_slots=sizes.regeneration.num_slots)
+        self.decoder = SpeculativeDecoder.for_models(fine_tune.model, num_slots=sizes.regeneration.num_slots)
         self._lists: dict[str, list[Sample]] = {}
         self._caches: dict[str, StateCache] = {}
 

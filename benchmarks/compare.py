@@ -39,9 +39,9 @@ from benchmarks.peers.interface import (
     first_line,
 )
 from benchmarks.peers.plain_checkpoint import write_plain_checkpoint
+from eda.backends.loading import load_fine_tune
 from eda.private import PrivateModule
 from eda.speculative import SpeculativeDecoder
-from eda.target import load_fine_tune
 from recipes.acceptance import newest_private_module
 from server.engine.speculation import SpeculationTable
 from server.model_paths import ModelPaths, model_paths
@@ -216,18 +216,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not domains:
         return 2
     family = load_family(paths, domains, options.dtype)
-    table = SpeculationTable.default(cpu_passes=family.target.has_kernel)
-    if options.calibration:
-        table = SpeculationTable.load(options.calibration)
     tokenizer = AutoTokenizer.from_pretrained(paths.target)
     prompts = [read_prompts(options.prompts, domain, options.num_prompts, tokenizer) for domain in domains]
     prompts = [group[: min(map(len, prompts))] for group in prompts]
     longest = max(len(prompt.token_ids) for group in prompts for prompt in group)
     max_length = longest + options.tokens + ROOM_FOR_DRAFTS
     most = max(MIXED_CONCURRENCY, *(int(part) for part in options.concurrency.split(",")))
-    decoder = SpeculativeDecoder(family.target, family.draft, num_slots=max_length * most)
+    decoder = SpeculativeDecoder.for_models(family.target, family.draft, num_slots=max_length * most)
+    table = SpeculationTable.default(decoder.backend.name)
+    if options.calibration:
+        table = SpeculationTable.load(options.calibration)
     settings = {
         "dtype": str(family.target.dtype).removeprefix("torch."),
+        "backend": decoder.backend.name,
         "threads": torch.get_num_threads(),
         "num_prompts": len(prompts[0]),
         "tokens": options.tokens,

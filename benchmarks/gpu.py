@@ -40,12 +40,13 @@ from benchmarks.gpu_passes import (
 )
 from benchmarks.own_engine import KINDS, Family, OwnEngine, own_contestants, own_name
 from benchmarks.peers.interface import Prompt
+from eda.backends.choice import GraphChoice
 from eda.draft import DraftConfig, DraftModel
+from eda.kinds import Off
 from eda.private import PrivateModule
-from eda.speculative import Speculation, SpeculativeDecoder
-from eda.static.choice import GraphChoice
-from eda.static.replay import Backend, CudaGraphBackend, GraphCache, RerunBackend
-from eda.target import FineTune, TargetModel
+from eda.speculative import SpeculativeDecoder
+from eda.static.replay import CudaGraphBackend, GraphCache, Recorder, RerunBackend
+from eda.target import FineTune, TargetModel, default_tap_layers
 from server.engine.speculation import SpeculationTable
 from server.model_paths import model_paths
 from server.settings import ConfigurationError, load_settings
@@ -88,7 +89,7 @@ def untrained_draft(target: TargetModel) -> DraftModel:
     """A draft of the target's shape; its proposals are worthless and cost what good ones cost."""
     config = target.config
     size = min(DRAFT_VOCABULARY, config.vocab_size // 2)
-    taps = target.tap_layers
+    taps = default_tap_layers(config.num_layers)
     draft_config = DraftConfig(
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -112,7 +113,7 @@ def untrained_private(draft: DraftModel) -> PrivateModule:
     return module.to(device=draft.fc.weight.device, dtype=draft.fc.weight.dtype).requires_grad_(False)
 
 
-def graph_backend(device: torch.device) -> Backend:
+def graph_backend(device: torch.device) -> Recorder:
     """CUDA graphs; on the CPU functions that are called again, which saves nothing."""
     return CudaGraphBackend(device) if device.type == "cuda" else RerunBackend()
 
@@ -155,11 +156,11 @@ def seconds_per_round(
     speculation = SpeculationTable.default().levels[0].speculation()
     results = {}
     for kind in KINDS:
-        shape = Speculation("none") if kind == "none" else speculation
+        shape = Off() if kind == "none" else speculation
         choice = GraphCache(graph_backend(target.device), capture_after=1) if graphs else "off"
         # Every round can accept a whole draft, and those are the tokens that its slots are for.
-        longest = prompt + (4 + rounds) * (shape.num_speculative_tokens + 1) + shape.slots
-        decoder = SpeculativeDecoder(target, draft, num_slots=longest, graphs=choice)
+        longest = prompt + (4 + rounds) * (shape.num_nodes + 1) + shape.slots
+        decoder = SpeculativeDecoder.for_models(target, draft, num_slots=longest, graphs=choice)
         engine = OwnEngine(decoder, family, kind, shape, 1)
         prompts = [Prompt("large", [index % target.config.vocab_size for index in range(prompt)])]
 
@@ -201,7 +202,9 @@ def measure_family(options: argparse.Namespace, device: torch.device) -> list[Ro
         prompts = read_prompts(options.prompts, domain, options.num_prompts, tokenizer)
         length = max(len(prompt.token_ids) for prompt in prompts) + options.tokens + 64
         graphs: GraphChoice = "auto" if options.graphs else "off"
-        decoder = SpeculativeDecoder(family.target, family.draft, num_slots=length * 16, graphs=graphs)
+        decoder = SpeculativeDecoder.for_models(
+            family.target, family.draft, num_slots=length * 16, graphs=graphs
+        )
         contestants = own_contestants(decoder, family, [domain], (1, 16), SpeculationTable.default())
         records, failed = run_in_turns(contestants, prompts, options.tokens)
         for name, reason in failed.items():

@@ -8,13 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eda.answers import Need
 from eda.attention import AttentionRow, PackedBatch
+from eda.backends.base import PassPlan
+from eda.backends.eager.target import EagerTarget
 from eda.config import ModelConfig, RopeConfig
 from eda.kv_cache import KVCache
-from eda.static.replay import Backend, GraphCache, Replay
+from eda.packing import PassRow
+from eda.static.replay import GraphCache, Recorder, Replay
 from eda.static.shapes import MAX_TOKENS
-from eda.static.target_pass import TargetPasses, TargetRow
-from eda.target import TargetModel
+from eda.static.target_pass import RecordedTarget
+from eda.target import TargetModel, default_tap_layers
 from eda.transfers import upload
 
 
@@ -136,7 +140,7 @@ def time_pass(
     context: int,
     bandwidth: float,
     repeats: int,
-    backend: Backend | None,
+    backend: Recorder | None,
 ) -> tuple[PassTiming, str | None]:
     """Times a pass in which each of ``batch`` sequences computes ``tokens`` behind ``context`` cached ones.
 
@@ -150,10 +154,11 @@ def time_pass(
     """
     device, length = model.device, context + tokens
     cache = model.new_cache(batch * length + MAX_TOKENS)
+    taps = default_tap_layers(model.config.num_layers)
     ids = [index % model.config.vocab_size for index in range(tokens)]
     positions = list(range(context, length))
     rope_lengths = [position + 1 for position in positions]
-    rows = [TargetRow(ids, positions, rope_lengths, row * length, context, None, 0) for row in range(batch)]
+    rows = [PassRow(ids, positions, rope_lengths, row * length, context, None, 0) for row in range(batch)]
     packed_ids = upload(ids * batch, device)
     batch_rows = [AttentionRow(row * tokens, tokens, row * length, length) for row in range(batch)]
     slots = [row * length + position for row in range(batch) for position in positions]
@@ -161,18 +166,20 @@ def time_pass(
     packed = PackedBatch(placed[0], placed[1], batch_rows, placed[2])
 
     def run() -> Tensor:
-        return model.logits(model(packed_ids, packed, cache).hidden)
+        return model.logits(model(packed_ids, packed, cache, taps=taps).hidden)
 
     seconds = seconds_of(run, device, repeats)
     replayed, reason = None, None
     if backend is not None:
         reasons = _Reasons(backend)
         recordings = GraphCache(reasons, capture_after=1)
-        passes = TargetPasses(cache, cache.withhold(MAX_TOKENS), recordings, with_features=True)
+        passes = RecordedTarget(EagerTarget(cache), cache, cache.withhold(MAX_TOKENS), recordings, taps=taps)
         passes.prepare(model, None, batch, tokens, length)
         reason = reasons.reason
         if reason is None:
-            replayed = seconds_of(lambda: passes.run(model, None, rows), device, repeats)
+            replayed = seconds_of(
+                lambda: passes.replay(model, rows, PassPlan(Need.LOGITS, taps)), device, repeats
+            )
     limit = bytes_read(model, batch, context) / bandwidth
     return PassTiming(batch, tokens, context, seconds, replayed, limit), reason
 
@@ -180,7 +187,7 @@ def time_pass(
 class _Reasons:
     """Remembers why a recording could not be made."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Recorder) -> None:
         self._backend = backend
         self.reason: str | None = None
 

@@ -20,9 +20,9 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks.compare import load_family
-from eda.kernels.library import kernels
+from eda.kinds import Chain, Off
 from eda.sampling import SamplingParams
-from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
+from eda.speculative import ScheduledRow, SequenceState, SpeculativeDecoder
 from server.model_paths import model_paths
 from server.settings import load_settings
 
@@ -129,9 +129,9 @@ def main() -> None:
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_dict=False
     )
-    where = "C++ passes" if target.has_kernel and kernels() is not None else "torch"
+    backend = SpeculativeDecoder.for_models(target, draft, num_slots=1).backend.name
     print(
-        f"{arguments.model}, {target.dtype}, {where}, {torch.get_num_threads()} threads, "
+        f"{arguments.model}, {target.dtype}, {backend}, {torch.get_num_threads()} threads, "
         f"temperature {arguments.temperature:g}, top_p {arguments.top_p:g}, torch {torch.__version__}"
     )
 
@@ -141,14 +141,15 @@ def main() -> None:
     )
     weights = per_layer * config.num_layers + config.vocab_size * config.hidden_size
     for name, speculation in (
-        ("plain", Speculation("none")),
-        (f"chain of {arguments.length}", Speculation("chain", arguments.length)),
+        ("plain", Off()),
+        (f"chain of {arguments.length}", Chain(arguments.length)),
     ):
-        decoder = SpeculativeDecoder(target, draft, num_slots=2048, seed=0)
+        decoder = SpeculativeDecoder.for_models(target, draft, num_slots=2048, seed=0)
         watch = Stopwatch()
         watch.wrap(decoder, "_propose", "draft (extension and chain)")
-        watch.wrap(decoder, "_verify_pass", "target (pass and head)")
-        watch.wrap(decoder, "_accept", "verification and bookkeeping")
+        watch.wrap(decoder, "_run_target", "target (pass and head)")
+        watch.wrap(decoder, "_verify", "verification")
+        watch.wrap(decoder, "_accept", "bookkeeping")
         state = SequenceState(
             list(prompt),
             len(prompt) + 1024,
@@ -158,7 +159,7 @@ def main() -> None:
             speculation=speculation,
         )
         medians, emitted = profile(decoder, state, watch, arguments.steps)
-        tokens = 1 if speculation.mode == "none" else arguments.length + 1
+        tokens = speculation.num_nodes + 1
         size = target.dtype.itemsize
         floor = max(weights * size / bandwidth, 2 * weights * tokens / rate)
         print(f"\n{name}: {emitted:.2f} tokens a step")

@@ -18,8 +18,9 @@ import torch
 
 from benchmarks.compare import DOMAINS, load_family
 from benchmarks.own_engine import KINDS, Family
+from eda.kinds import Off
 from eda.sampling import SamplingParams
-from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
+from eda.speculative import ScheduledRow, SequenceState, SpeculativeDecoder
 from eda.training.prompts import ChatFormat
 from recipes.acceptance import held_out_prompts
 from server.engine.sequence import DraftMode, SequenceLabels, StepStats
@@ -58,7 +59,7 @@ class Contender:
         self._private = family.privates[domain] if kind == "private" else None
         self._labels = SequenceLabels(domain, kind)
         self._policy = SpeculationPolicy(table)
-        self._start = Speculation("none", 0) if kind == "none" else self._policy.largest
+        self._start = Off() if kind == "none" else self._policy.largest
 
     def run(
         self,
@@ -135,15 +136,15 @@ def main() -> None:
     paths = model_paths(load_settings(None, {"models_dir": arguments.models}))
     family = load_family(paths, domains, "auto")
     target = family.target
+    decoder = SpeculativeDecoder.for_models(target, family.draft, num_slots=2048, seed=0)
+    backend = decoder.backend.name
     table = (
-        SpeculationTable.default(cpu_passes=target.has_kernel)
+        SpeculationTable.default(backend)
         if arguments.calibration is None
         else SpeculationTable.load(arguments.calibration)
     )
     chat = ChatFormat.load(paths.target, eos_ids=target.config.eos_token_ids)
-    decoder = SpeculativeDecoder(target, family.draft, num_slots=2048, seed=0)
-    where = "C++ passes" if target.has_kernel else "torch"
-    print(f"{target.dtype}, {where}, {torch.get_num_threads()} threads, {arguments.num_prompts} prompts")
+    print(f"{target.dtype}, {backend}, {torch.get_num_threads()} threads, {arguments.num_prompts} prompts")
     print(
         "| model | temperature | draft | drafted | tokens a step | tokens/s | / plain | / plain, CPU time |"
     )

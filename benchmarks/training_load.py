@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from adapters.process import run_gently
+from eda.backends.loading import load_fine_tune, load_target
 from eda.draft import DraftModel
-from eda.target import TargetModel, load_fine_tune
 from eda.training.private_module import PrivateTrainingConfig, train_private_module
 from eda.training.progress import ProgressEvent
 from eda.training.samples import Sample
@@ -53,7 +53,7 @@ def main() -> None:
     paths = model_paths(load_settings(None, {"models_dir": arguments.models}))
     if paths.draft is None:
         raise SystemExit("benchmarks.training_load: the family has no draft to train for")
-    target = TargetModel.load(paths.target)
+    target = load_target(paths.target)
     fine_tune = load_fine_tune(paths.fine_tunes[arguments.model], target, arguments.model)
 
     def report(event: ProgressEvent) -> None:

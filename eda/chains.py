@@ -25,7 +25,7 @@ def cut_chains(
     """
     proposals = []
     for row, (state, length) in enumerate(zip(states, lengths, strict=True)):
-        kept = kept_length(scores[row][:length], state.speculation.min_probability)
+        kept = kept_length(scores[row][:length], state.min_probability)
         path, drawn_from = [int(token) for token in tokens[row][:kept]], probabilities[row]
         if drawn_from is None or not path:
             proposals.append(Proposal.chain(path))

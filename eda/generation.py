@@ -5,9 +5,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from eda.kinds import Chain, Speculation
 from eda.private import PrivateModule
 from eda.sampling import SamplingParams
-from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
+from eda.speculative import ScheduledRow, SequenceState, SpeculativeDecoder
 from eda.target import FineTune
 from eda.verification import TokenLogprobs
 
@@ -16,14 +17,18 @@ PREFILL_TOKENS_PER_STEP = 512
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One prompt to complete. Generation ends at an id in ``eos_ids`` or after ``max_tokens``."""
+    """One prompt to complete. Generation ends at an id in ``eos_ids`` or after ``max_tokens``.
+
+    ``fine_tune``: the model that completes it; ``None`` is the one that ``generate`` is called with.
+    """
 
     prompt_ids: Sequence[int]
     max_tokens: int
     eos_ids: frozenset[int] = frozenset()
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0.0))
-    speculation: Speculation = field(default_factory=Speculation)
+    speculation: Speculation = field(default_factory=Chain)
     private: PrivateModule | None = None
+    fine_tune: FineTune | None = None
 
 
 @dataclass(slots=True)
@@ -65,6 +70,7 @@ def generate(
     requests: Sequence[GenerationRequest],
     *,
     max_batch: int = 16,
+    prefill_chunk: int = PREFILL_TOKENS_PER_STEP,
     on_tokens: Callable[[int, list[int]], None] | None = None,
     on_finished: Callable[[int, Generation], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -72,6 +78,8 @@ def generate(
     """Completes all requests, at most ``max_batch`` at a time; results in the order of ``requests``.
 
     Args:
+        fine_tune: the model of requests that name none.
+        prefill_chunk: prompt tokens of one sequence in a step, at most.
         on_tokens: called with a request's place and its new tokens after each step that emitted some.
         on_finished: called with a request's place and result as soon as it is complete.
         should_stop: asked after each step; when true, what is running is released and the unfinished results are
@@ -90,7 +98,7 @@ def generate(
             ):
                 decoder.admit(waiting[0].state)
                 running.append(waiting.popleft())
-            finished = _step(decoder, running, results, on_tokens)
+            finished = _step(decoder, running, results, prefill_chunk, on_tokens)
             for sequence in finished:
                 decoder.release(sequence.state)
                 running.remove(sequence)
@@ -107,7 +115,7 @@ def _running(fine_tune: FineTune, place: int, request: GenerationRequest) -> _Ru
     state = SequenceState(
         token_ids=prompt,
         max_length=len(prompt) + request.max_tokens,
-        fine_tune=fine_tune,
+        fine_tune=request.fine_tune or fine_tune,
         sampling=request.sampling,
         private=request.private,
         speculation=request.speculation,
@@ -119,6 +127,7 @@ def _step(
     decoder: SpeculativeDecoder,
     running: Iterable[_Running],
     results: list[Generation],
+    prefill_chunk: int,
     on_tokens: Callable[[int, list[int]], None] | None,
 ) -> list[_Running]:
     """Runs one step over ``running`` and returns the sequences that it completed."""
@@ -129,7 +138,7 @@ def _step(
         if not state.is_prefilling:
             scheduled.append((sequence, ScheduledRow(state), True))
         elif budget > 0:
-            count = min(state.num_uncomputed, budget)
+            count = min(state.num_uncomputed, budget, prefill_chunk)
             budget -= count
             scheduled.append((sequence, ScheduledRow(state, count), False))
     finished: list[_Running] = []

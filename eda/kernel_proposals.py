@@ -1,4 +1,4 @@
-"""The proposer's side of the C++ draft: which drafts it can make in one call, and what that call needs."""
+"""The draft in C++: its single passes, and whole chains and trees in one call where a row demands little."""
 
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
@@ -7,87 +7,92 @@ import torch
 from torch import Tensor
 
 from eda.attention import PackedBatch
+from eda.backends.base import Drafter, DraftRequest
+from eda.backends.eager.drafter import places_to_read
 from eda.draft import DraftModel
+from eda.drafting import Proposer, Reading, place_tokens, private_segments
 from eda.kernels.draft import DraftHead, DraftKernel
 from eda.kernels.library import DraftRow
 from eda.kernels.verification import sampling_of
+from eda.kinds import Chain
 from eda.kv_cache import KVCache
 from eda.lora import LoraAdapter
 from eda.private import PrivateSegment
 from eda.proposal import Proposal
 from eda.sampling import draw_uniforms
+from eda.sampling_params import SamplingDemand
 from eda.state import SequenceState
-from eda.target import FineTune, TargetModel
+from eda.target import FineTune, TapLayers, TargetModel
+
+# Log-probabilities are the target's: no draft has anything to do with them.
+CHAINS_COVER = (
+    SamplingDemand.DRAWS | SamplingDemand.TEMPERATURE | SamplingDemand.CUTS | SamplingDemand.LOGPROBS
+)
+"""Of rows whose chains are drafted in one call."""
+TREES_COVER = CHAINS_COVER
+"""Of rows whose trees grow by the draft's own probabilities, before temperature and cuts (``draft_scores``)."""
 
 
-class KernelProposals:
-    """Whole chains and trees of rows whose drafts follow the draft's own probabilities; single passes of all others."""
+class CpuDraftLayer:
+    """A draft's layer in C++; the draft's keys and values are in ``cache``, its own."""
 
     def __init__(self, draft: DraftModel, cache: KVCache, generator: torch.Generator) -> None:
-        self.kernel = DraftKernel(draft, cache)
+        self.cache = cache
+        self._kernel = DraftKernel(draft, cache)
         self._draft = draft
         self._generator = generator
         # Keyed weakly: the rows of a fine-tune that is unloaded go with it.
         self._heads: WeakKeyDictionary[TargetModel | LoraAdapter, DraftHead] = WeakKeyDictionary()
 
-    def extend(
-        self,
-        states: Sequence[SequenceState],
-        chain_lengths: Sequence[int] | None,
-        features: Tensor,
-        lengths: Sequence[int],
-        tokens: Sequence[int],
-        batch: PackedBatch,
-        segments: Sequence[PrivateSegment],
-    ) -> tuple[Tensor, list[Proposal] | None]:
-        """The extension pass over ``lengths[b]`` features of each row, with the chains where that is possible.
+    def extend(self, reading: Reading, batch: PackedBatch, segments: Sequence[PrivateSegment]) -> Tensor:
+        """See ``DraftLayer``."""
+        rows = self._rows(reading.states, [0] * len(reading.states), reading.lengths)
+        return self._kernel.extend(rows, reading.features, reading.tokens, batch, segments)[0]
 
-        Arguments and results as in ``Proposer.extend``; ``tokens`` are the ids behind the ``features``.
-        """
-        steps = chain_lengths
-        if steps is None or not all(
-            has_plain_scores(state) or not count for state, count in zip(states, steps, strict=True)
-        ):
-            steps = None
-        rows = self._rows(states, steps or [0] * len(states), lengths)
-        drawn = [steps is not None and state.is_sampled for state in states]
+    def step(
+        self, hidden: Tensor, embeddings: Tensor, batch: PackedBatch, segments: Sequence[PrivateSegment]
+    ) -> Tensor:
+        """See ``DraftLayer``."""
+        return self._kernel.forward(hidden, embeddings, batch, segments)
+
+    def logits(self, hidden: Tensor, fine_tune: FineTune) -> Tensor:
+        """See ``DraftLayer``."""
+        return self._kernel.logits(hidden, self._head(fine_tune))
+
+    def extend_and_draft(self, reading: Reading, lengths: Sequence[int]) -> list[Proposal]:
+        """An extension with the chains from it, of at most ``lengths[b]`` tokens, in one call."""
+        states = reading.states
+        batch = place_tokens(states, reading.lengths, reading.known, reading.features.device)
+        rows = self._rows(states, lengths, reading.lengths)
         uniforms = None
-        if any(drawn):
-            count = len(states) * max(row.num_steps for row in rows)
-            uniforms = draw_uniforms(count, self._generator, features.device).view(len(states), -1)
-            for row, state, is_drawn in zip(rows, states, drawn, strict=True):
-                if is_drawn:
+        if any(state.is_sampled for state in states):
+            count = len(states) * max(lengths)
+            uniforms = draw_uniforms(count, self._generator, reading.features.device).view(len(states), -1)
+            for row, state in zip(rows, states, strict=True):
+                if state.is_sampled:
                     row.sampling = sampling_of(state.sampling)
-        hidden, chains, probabilities = self.kernel.extend(rows, features, tokens, batch, segments, uniforms)
-        if steps is None:
-            return hidden, None
-        if probabilities is None:
-            return hidden, [Proposal.chain(chain) for chain in chains]
-        return hidden, [
+        segments = private_segments(states, reading.lengths)
+        _, chains, probabilities = self._kernel.extend(
+            rows, reading.features, reading.tokens, batch, segments, uniforms
+        )
+        return [
             Proposal.chain(chain, probabilities[place, : len(chain)], self._draft.draft_token_ids)
-            if drawn[place] and chain
+            if probabilities is not None and states[place].is_sampled and chain
             else Proposal.chain(chain)
             for place, chain in enumerate(chains)
         ]
 
     def trees(
-        self,
-        states: Sequence[SequenceState],
-        hidden: Tensor,
-        segments: Sequence[Sequence[PrivateSegment]],
-        *,
-        top_k: int,
-        depth: int,
-        num_nodes: int,
+        self, states: Sequence[SequenceState], hidden: Tensor, *, top_k: int, depth: int, num_nodes: int
     ) -> list[Proposal]:
-        """Arguments as in ``Proposer.propose_trees``; ``segments`` of each row alone."""
+        """As ``Proposer.propose_trees``, one call for each row."""
         rows = self._rows(states, [depth] * len(states), [0] * len(states))
         return [
-            Proposal(*self.kernel.tree(row, start, part, top_k, num_nodes))
-            for row, start, part in zip(rows, hidden, segments, strict=True)
+            Proposal(*self._kernel.tree(row, start, private_segments([state], [1]), top_k, num_nodes))
+            for row, start, state in zip(rows, hidden, states, strict=True)
         ]
 
-    def head(self, fine_tune: FineTune) -> DraftHead:
+    def _head(self, fine_tune: FineTune) -> DraftHead:
         """The fine-tune's output rows of the draft vocabulary and its embeddings, laid out once."""
         owner = fine_tune.output_owner
         head = self._heads.get(owner)
@@ -104,12 +109,12 @@ class KernelProposals:
         rows = []
         start = 0
         for state, num_steps, length in zip(states, steps, lengths, strict=True):
-            head = self.head(state.fine_tune)
+            head = self._head(state.fine_tune)
             row = DraftRow(state.slot_start, state.draft_length, num_steps, start, length)
-            row.min_probability = state.speculation.min_probability
+            row.min_probability = state.min_probability
             row.head, row.embedding = head.packed.pointer, head.embedding.data_ptr()
             if state.private is not None:
-                private = self.kernel.private(state.private)
+                private = self._kernel.private(state.private)
                 row.lora = private.attention
                 row.private_gate_up, row.private_down = private.gate_up, private.down
             rows.append(row)
@@ -117,18 +122,59 @@ class KernelProposals:
         return rows
 
 
-def has_plain_scores(state: SequenceState) -> bool:
-    """Whether the draft's raw logits alone say what to draft: nothing edits them, and there is no seed.
+class CpuProposer:
+    """Grows trees in C++ where all of their rows allow it; ``inner`` does everything else."""
 
-    The kernel draws chains at any temperature and after any of top-k, top-p and min-p; a tree grows by the draft's
-    probabilities before all of them (``eda.sampling.draft_scores``).
-    """
-    params = state.sampling
-    return not params.edits_logits and (params.is_greedy or params.seed is None)
+    def __init__(self, inner: Proposer, layer: CpuDraftLayer) -> None:
+        self.inner = inner
+        self.layer = layer
+
+    def extend(self, reading: Reading) -> Tensor:
+        """See ``Proposer``."""
+        return self.inner.extend(reading)
+
+    def propose_chains(
+        self, states: Sequence[SequenceState], hidden: Tensor, lengths: Sequence[int]
+    ) -> list[Proposal]:
+        """See ``Proposer``."""
+        return self.inner.propose_chains(states, hidden, lengths)
+
+    def propose_trees(
+        self, states: Sequence[SequenceState], hidden: Tensor, *, top_k: int, depth: int, num_nodes: int
+    ) -> list[Proposal]:
+        """See ``Proposer``."""
+        covered = all(state.sampling.demand in TREES_COVER for state in states)
+        trees = self.layer.trees if covered else self.inner.propose_trees
+        return trees(states, hidden, top_k=top_k, depth=depth, num_nodes=num_nodes)
 
 
-def draws_uncut(state: SequenceState) -> bool:
-    """Whether, of what a request may ask, only a temperature changes the probabilities that a chain is drawn from."""
-    params = state.sampling
-    cuts = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
-    return has_plain_scores(state) and (params.is_greedy or not cuts)
+class CpuDrafter:
+    """Drafts whole rounds of chains in one call, and hands on rounds with any other row to ``inner``."""
+
+    def __init__(self, inner: Drafter, layer: CpuDraftLayer) -> None:
+        self.inner = inner
+        self.layer = layer
+
+    @property
+    def taps(self) -> TapLayers | None:
+        """See ``Drafter``."""
+        return self.inner.taps
+
+    def draft(self, requests: Sequence[DraftRequest]) -> list[Proposal | None]:
+        """See ``Drafter``."""
+        places = places_to_read(requests)
+        if not places or not all(_is_covered(requests[place]) for place in places):
+            return self.inner.draft(requests)
+        proposals: list[Proposal | None] = [None] * len(requests)
+        reading = Reading.of([requests[place].state for place in places])
+        chains = self.layer.extend_and_draft(reading, [requests[place].length for place in places])
+        for place, chain in zip(places, chains, strict=True):
+            proposals[place] = chain if chain.token_ids else None
+        return proposals
+
+
+def _is_covered(request: DraftRequest) -> bool:
+    if not request.length:
+        return True
+    state = request.state
+    return isinstance(state.speculation, Chain) and state.sampling.demand in CHAINS_COVER

@@ -7,11 +7,27 @@ import torch
 from torch import Tensor
 
 from eda.attention import AttentionRow, PackedBatch
-from eda.lora import LoraSegment
+from eda.lora import LoraAdapter, LoraSegment
 from eda.proposal import Proposal
 from eda.state import SequenceState
-from eda.static.target_pass import TargetRow
 from eda.transfers import upload
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PassRow:
+    """One sequence's new tokens in a target pass; all lists have one entry per token."""
+
+    tokens: Sequence[int]
+    positions: Sequence[int]
+    rope_lengths: Sequence[int]
+    cache_start: int
+    context: int
+    """Cached keys before the new tokens, which go to the slots behind them."""
+    seen: Sequence[Sequence[int]] | None
+    """``[n][n]``: 1 where a token sees another of the new ones, else 0; ``None`` is causal."""
+    first_wanted: int
+    """An answer is wanted from this token on (``n``: on none)."""
+    lora: LoraAdapter | None = None
 
 
 @dataclass(slots=True)
@@ -24,14 +40,12 @@ class StepRow:
     emits: bool
     """Whether this pass computes the last known token, so that new ones follow."""
     proposal: Proposal | None = None
-    start: int = 0
-    """Place of its first token in the pack."""
 
     @property
     def num_queries(self) -> int:
         return self.num_tokens + (len(self.proposal.token_ids) if self.proposal else 0)
 
-    def targets(self) -> TargetRow:
+    def for_target(self) -> PassRow:
         """Its known and drafted tokens, as the target computes them."""
         state, first = self.state, self.state.num_computed
         tokens = state.token_ids[first : first + self.num_tokens]
@@ -42,7 +56,7 @@ class StepRow:
             positions += [first + depth for depth in self.proposal.depths()]
             if not self.proposal.is_chain:
                 seen = _ancestors(self.proposal)
-        return TargetRow(
+        return PassRow(
             tokens,
             positions,
             [max(state.num_prompt_tokens, position + 1) for position in positions],
@@ -50,49 +64,50 @@ class StepRow:
             first,
             seen,
             self.num_tokens - 1 if self.emits else len(tokens),
+            state.fine_tune.lora,
         )
 
 
-def place_rows(group: Sequence[StepRow]) -> None:
-    """Sets where each row begins in the pack of ``group``."""
-    start = 0
-    for row in group:
-        row.start = start
-        start += row.num_queries
-
-
-def pack(group: Sequence[StepRow], device: torch.device) -> tuple[Tensor, PackedBatch]:
-    """Token ids ``[T]`` and batch of rows that ``place_rows`` has placed."""
+def pack(rows: Sequence[PassRow], device: torch.device) -> tuple[Tensor, PackedBatch]:
+    """Token ids ``[T]`` and batch of ``rows``, one behind the other."""
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
     rope_lengths: list[int] = []
     attention_rows: list[AttentionRow] = []
-    for row in group:
-        part = row.targets()
-        size, start = len(part.tokens), part.cache_start
-        tokens += part.tokens
-        positions += part.positions
-        rope_lengths += part.rope_lengths
-        slots += range(start + part.context, start + part.context + size)
-        mask = None if part.seen is None else upload(part.seen, device, torch.bool)
-        attention_rows.append(AttentionRow(row.start, size, start, part.context + size, mask))
+    for row in rows:
+        size, start = len(row.tokens), row.cache_start
+        mask = None if row.seen is None else upload(row.seen, device, torch.bool)
+        attention_rows.append(AttentionRow(len(tokens), size, start, row.context + size, mask))
+        tokens += row.tokens
+        positions += row.positions
+        rope_lengths += row.rope_lengths
+        slots += range(start + row.context, start + row.context + size)
     packed = upload([tokens, positions, slots, rope_lengths], device)
     return packed[0], PackedBatch(packed[1], packed[2], attention_rows, packed[3])
 
 
-def lora_segments(group: Sequence[StepRow]) -> list[LoraSegment]:
+def wanted_tokens(rows: Sequence[PassRow]) -> list[int]:
+    """Places in the pack of the tokens that an answer is wanted on."""
+    wanted: list[int] = []
+    start = 0
+    for row in rows:
+        wanted += range(start + row.first_wanted, start + len(row.tokens))
+        start += len(row.tokens)
+    return wanted
+
+
+def lora_segments(rows: Sequence[PassRow]) -> list[LoraSegment]:
     """Segments of the pack."""
     segments: list[LoraSegment] = []
     end = 0
-    for row in group:
-        start, end = end, end + row.num_queries
-        lora = row.state.fine_tune.lora
-        if lora is None:
+    for row in rows:
+        start, end = end, end + len(row.tokens)
+        if row.lora is None:
             continue
-        if segments and segments[-1].adapter is lora and segments[-1].end == start:
+        if segments and segments[-1].adapter is row.lora and segments[-1].end == start:
             start = segments.pop().start
-        segments.append(LoraSegment(lora, start, end))
+        segments.append(LoraSegment(row.lora, start, end))
     return segments
 
 

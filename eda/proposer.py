@@ -8,105 +8,47 @@ next round.
 
 import math
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from eda.attention import AttentionRow, PackedBatch
+from eda.attention import PackedBatch
 from eda.chains import cut_chains
 from eda.draft import DraftModel
-from eda.kernel_proposals import KernelProposals, has_plain_scores
-from eda.kernels.draft import supports
-from eda.lora import LoraAdapter
-from eda.private import PrivateSegment
+from eda.drafting import DraftLayer, Reading, embed, output_runs, place_tokens, private_segments
+from eda.proposal import Proposal
 from eda.sampling import LogitsContext, draft_scores, propose_chain_tokens
 from eda.state import SequenceState
-from eda.static.draft_passes import DraftPasses
-from eda.static.replay import GraphCache
-from eda.static.shapes import MAX_TOKENS
-from eda.target import FineTune, TargetModel
 from eda.transfers import read, upload
 from eda.tree import GrowingTree, best_nodes, grow_tree, rank_nodes
-from eda.verification import Proposal
 
 
-class Proposer:
-    """Runs the shared draft, with each row's own private module, embeddings and output head."""
+class EagerProposer:
+    """Drafts token by token and level by level, on single passes of ``layer``.
 
-    def __init__(
-        self,
-        draft: DraftModel,
-        num_slots: int,
-        generator: torch.Generator,
-        graphs: GraphCache | None = None,
-    ) -> None:
+    Each row has its own private module, embeddings and output head.
+    """
+
+    def __init__(self, draft: DraftModel, layer: DraftLayer, generator: torch.Generator) -> None:
         self.draft = draft
-        self.cache = draft.new_cache(num_slots + (0 if graphs is None else MAX_TOKENS))
+        self.layer = layer
         self._generator = generator
         self._device = draft.fc.weight.device
         self.reads_once = self._device.type != "cpu"
         """Whether chains are drafted to their full length and read together at the end. Where a device would have to
         wait for the host after each token, that is faster than stopping early."""
-        # Keyed weakly: the rows of a fine-tune that is unloaded go with it.
-        self._head_rows: WeakKeyDictionary[TargetModel | LoraAdapter, Tensor] = WeakKeyDictionary()
-        self._fast = KernelProposals(draft, self.cache, generator) if supports(draft) else None
-        self.passes: DraftPasses | None = None
-        if graphs is not None and self._fast is None:
-            scratch = self.cache.withhold(MAX_TOKENS)
-            self.passes = DraftPasses(draft, self.cache, scratch, graphs, generator, self._rows_of_head)
 
-    # extension
-
-    def extend(
-        self, states: Sequence[SequenceState], chain_lengths: Sequence[int] | None = None
-    ) -> tuple[Tensor, list[Proposal] | None]:
-        """Feeds all pending features to the draft, in one pass.
-
-        A feature is consumed together with the token that follows it.
-
-        Args:
-            states: in draft order (see ``in_draft_order``); each has at least one pending feature.
-            chain_lengths: draft tokens of each row, when all rows want chains (or nothing, 0).
-
-        Returns:
-            Each state's last output ``[B, H]``; and the chains, where drafting them in the same call was possible.
-        """
-        hidden_parts: list[Tensor] = []
-        tokens: list[int] = []
-        lengths: list[int] = []
-        for state in states:
-            features = state.take_pending_features()
-            hidden_parts.append(features)
-            lengths.append(features.shape[0])
-            tokens += state.token_ids[state.draft_length + 1 : state.draft_length + 1 + features.shape[0]]
-        features = hidden_parts[0] if len(hidden_parts) == 1 else torch.cat(hidden_parts)
-        replayed = None if self.passes is None else self.passes.extend(states, features, lengths, tokens)
-        known = [state.draft_length for state in states]
-        for state, length in zip(states, lengths, strict=True):
-            state.draft_length += length
-        if replayed is not None:
-            return replayed, None
-        batch = self._pack(states, lengths, known, None)
-        segments = _private_segments(states, lengths)
-        if self._fast is not None:
-            return self._fast.extend(states, chain_lengths, features, lengths, tokens, batch, segments)
-        ids = upload(tokens, self._device)
-        fused = self.draft.fuse(features, segments)
-        hidden = self.draft(fused, self._embed(states, lengths, ids), batch, self.cache, segments)
-        last = upload(lengths, self._device).cumsum(0) - 1
-        return hidden[last], None
+    def extend(self, reading: Reading) -> Tensor:
+        """See ``Proposer``."""
+        batch = place_tokens(reading.states, reading.lengths, reading.known, self._device)
+        return self.layer.extend(reading, batch, private_segments(reading.states, reading.lengths))
 
     # chains
 
     def propose_chains(
         self, states: Sequence[SequenceState], hidden: Tensor, lengths: Sequence[int]
     ) -> list[Proposal]:
-        """Chains of ``lengths[b]`` tokens from the extension outputs ``hidden [B, H]``; states in draft order."""
-        if self.passes is not None:
-            replayed = self.passes.chains(states, hidden, lengths)
-            if replayed is not None:
-                return replayed
+        """See ``Proposer``."""
         if self.reads_once and not any(state.sampling.needs_history for state in states):
             return self._chains_read_once(states, hidden, lengths)
         paths: list[list[int]] = [[] for _ in states]
@@ -136,11 +78,11 @@ class Proposer:
                 paths[row].append(token)
                 if draft_probs is not None and states[row].is_sampled:
                     probabilities[row].append(draft_probs[index])
-            if any(state.speculation.min_probability for state in active):
+            if any(state.min_probability for state in active):
                 chosen = logits.log_softmax(-1).gather(1, columns[:, None])[:, 0].tolist()
                 for row, score in zip(places, chosen, strict=True):
                     joint[row] += score
-                    if joint[row] < math.log(states[row].speculation.min_probability or 1e-30):
+                    if joint[row] < math.log(states[row].min_probability or 1e-30):
                         wanted[row] = (
                             step + 1
                         )  # the token stays: stopping never depends on one that is thrown away
@@ -205,35 +147,22 @@ class Proposer:
         self, states: Sequence[SequenceState], hidden: Tensor, tokens: Tensor, step: int, ones: list[int]
     ) -> Tensor:
         lengths = [state.draft_length + step for state in states]
-        batch = self._pack(states, ones, lengths, None)
-        segments = _private_segments(states, ones)
-        return self._run(hidden, self._embed(states, ones, tokens), batch, segments)
+        return self._pass(states, ones, hidden, tokens, place_tokens(states, ones, lengths, self._device))
 
     # trees
 
     def propose_trees(
         self, states: Sequence[SequenceState], hidden: Tensor, *, top_k: int, depth: int, num_nodes: int
     ) -> list[Proposal]:
-        """Dynamic trees of one shape for all rows.
-
-        Each has its ``num_nodes`` best nodes; see ``eda/tree.py``.
-        """
-        if self._fast is not None and all(has_plain_scores(state) for state in states):
-            alone = [_private_segments([state], [1]) for state in states]
-            return self._fast.trees(states, hidden, alone, top_k=top_k, depth=depth, num_nodes=num_nodes)
-        if self.passes is not None:
-            replayed = self.passes.trees(states, hidden, top_k=top_k, depth=depth, num_nodes=num_nodes)
-            if replayed is not None:
-                return replayed
+        """See ``Proposer``."""
         positions = [len(state.token_ids) for state in states]
         paths: list[list[tuple[int, ...]]] = [[()] for _ in states]
 
         def advance(hidden: Tensor, tokens: Tensor, ancestors: Tensor, level: int) -> Tensor:
             counts = [top_k] * len(states)
             lengths = [state.draft_length + top_k * (level - 1) for state in states]
-            batch = self._pack(states, counts, lengths, ancestors, depth=level - 1)
-            segments = _private_segments(states, counts)
-            return self._run(hidden, self._embed(states, counts, tokens), batch, segments)
+            batch = place_tokens(states, counts, lengths, self._device, ancestors, level - 1)
+            return self._pass(states, counts, hidden, tokens, batch)
 
         def expand(hidden: Tensor, tree: GrowingTree | None, level: int) -> tuple[Tensor, Tensor]:
             nonlocal paths
@@ -290,94 +219,23 @@ class Proposer:
 
     # shared
 
-    def _run(
-        self, hidden: Tensor, embeddings: Tensor, batch: PackedBatch, segments: Sequence[PrivateSegment]
-    ) -> Tensor:
-        """One pass of the draft's layer."""
-        if self._fast is not None:
-            return self._fast.kernel.forward(hidden, embeddings, batch, segments)
-        output: Tensor = self.draft(hidden, embeddings, batch, self.cache, segments)
-        return output
-
-    def _pack(
+    def _pass(
         self,
         states: Sequence[SequenceState],
         counts: Sequence[int],
-        lengths: Sequence[int],
-        ancestors: Tensor | None,
-        depth: int = 0,
-    ) -> PackedBatch:
-        """Places ``counts[b]`` new tokens of each row behind its ``lengths[b]`` cached ones."""
-        rows: list[AttentionRow] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        for index, (state, count, length) in enumerate(zip(states, counts, lengths, strict=True)):
-            start = state.slot_start
-            mask = None if ancestors is None else ancestors[index]
-            rows.append(AttentionRow(len(slots), count, start, length + count, mask))
-            slots.extend(range(start + length, start + length + count))
-            if ancestors is None:
-                positions.extend(range(length, length + count))
-            else:
-                positions.extend([state.draft_length + depth] * count)
-        packed = upload([positions, slots], self._device)
-        return PackedBatch(packed[0], packed[1], rows)
-
-    def _embed(self, states: Sequence[SequenceState], counts: Sequence[int], tokens: Tensor) -> Tensor:
-        parts = [fine_tune.embed(tokens[start:end]) for fine_tune, start, end in _runs(states, counts)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        hidden: Tensor,
+        tokens: Tensor,
+        batch: PackedBatch,
+    ) -> Tensor:
+        """One pass over drafted ``tokens``, ``counts[b]`` of each row."""
+        return self.layer.step(hidden, embed(states, counts, tokens), batch, private_segments(states, counts))
 
     def _logits(self, states: Sequence[SequenceState], counts: Sequence[int], hidden: Tensor) -> Tensor:
-        fast = self._fast
         parts = [
-            self.draft.logits(hidden[start:end], self._rows_of_head(fine_tune))
-            if fast is None
-            else fast.kernel.logits(hidden[start:end], fast.head(fine_tune))
-            for fine_tune, start, end in _runs(states, counts)
+            self.layer.logits(hidden[start:end], fine_tune)
+            for fine_tune, start, end in output_runs(states, counts)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _rows_of_head(self, fine_tune: FineTune) -> Tensor:
-        """The fine-tune's output rows of the draft vocabulary, gathered once."""
-        rows = self._head_rows.get(fine_tune.output_owner)
-        if rows is None:
-            rows = fine_tune.head_rows(self.draft.draft_token_ids)
-            self._head_rows[fine_tune.output_owner] = rows
-        return rows
-
-
-def in_draft_order(states: Sequence[SequenceState]) -> list[int]:
-    """Indices of ``states`` so that equal output layers and equal private modules stand together."""
-    return sorted(
-        range(len(states)),
-        key=lambda index: (id(states[index].fine_tune.output_owner), id(states[index].private)),
-    )
-
-
-def _runs(states: Sequence[SequenceState], counts: Sequence[int]) -> list[tuple[FineTune, int, int]]:
-    """Ranges of tokens whose rows share embeddings and output head: ``(fine_tune, start, end)``."""
-    runs: list[tuple[FineTune, int, int]] = []
-    end = 0
-    for state, count in zip(states, counts, strict=True):
-        if runs and runs[-1][0].output_owner is state.fine_tune.output_owner:
-            runs[-1] = (runs[-1][0], runs[-1][1], end + count)
-        else:
-            runs.append((state.fine_tune, end, end + count))
-        end += count
-    return runs
-
-
-def _private_segments(states: Sequence[SequenceState], counts: Sequence[int]) -> list[PrivateSegment]:
-    segments: list[PrivateSegment] = []
-    end = 0
-    for state, count in zip(states, counts, strict=True):
-        start, end = end, end + count
-        if state.private is None:
-            continue
-        if segments and segments[-1].module is state.private and segments[-1].end == start:
-            start = segments.pop().start
-        segments.append(PrivateSegment(state.private, start, end))
-    return segments
 
 
 def _context(state: SequenceState, path: tuple[int, ...], level: int | None = None) -> LogitsContext:

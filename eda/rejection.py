@@ -86,7 +86,7 @@ def _accept_candidates(draft: _SampledDraft) -> None:
             return
 
 
-def _block_weights(draft: _SampledDraft) -> list[float]:
+def block_weights(draft: _SampledDraft) -> list[float]:
     """For each prefix of the block, the empty one included, the share of its target mass that drafting it can match."""
     weights = [1.0]
     for target, drafted in zip(draft.target_at, draft.draft_at, strict=True):
@@ -96,7 +96,7 @@ def _block_weights(draft: _SampledDraft) -> list[float]:
 
 def _block_acceptances(target_probs: Tensor, drafts: Sequence[_SampledDraft]) -> list[list[float]]:
     """Probability to accept each prefix of 1 to n tokens of each draft, whatever is decided on the others."""
-    weights_of = [_block_weights(draft) for draft in drafts]
+    weights_of = [block_weights(draft) for draft in drafts]
     masses: list[Tensor] = []
     for draft, weights in zip(drafts, weights_of, strict=True):
         if draft.draft_probs is not None and len(weights) > 2:
@@ -129,7 +129,7 @@ def _accept_blocks(target_probs: Tensor, drafts: Sequence[_SampledDraft]) -> Non
             if uniform < acceptance:
                 num_accepted = length
         draft.nodes = list(range(1, num_accepted + 1))
-        draft.weight = _block_weights(draft)[num_accepted]
+        draft.weight = block_weights(draft)[num_accepted]
 
 
 def verify_sampled(
@@ -161,7 +161,7 @@ def verify_sampled(
     usable = target_probs[:, 0].isfinite()  # a softmax over anything that is not finite is NaN everywhere
     if any(draft.token_ids for draft in drafts):
         last = torch.tensor([draft.last_line for draft in drafts], device=target_probs.device)
-        usable, target_probs = usable[last], _remainders(target_probs, drafts)
+        usable, target_probs = usable[last], remainders(target_probs, drafts)
     tokens: list[int] = draw(target_probs, generator).where(usable, -1).tolist()
     return [(draft.nodes, token_id) for draft, token_id in zip(drafts, tokens, strict=True)]
 
@@ -221,15 +221,15 @@ def _subtract_draft(scaled_target: Tensor, draft_probs: Tensor, draft_token_ids:
     return scaled_target.clamp_(min=0.0)
 
 
-def _remainders(target_probs: Tensor, drafts: Sequence[_SampledDraft]) -> Tensor:
+def remainders(target_probs: Tensor, drafts: Sequence[_SampledDraft]) -> Tensor:
     """``[S, V]``, not normalised: what each row's recovered or bonus token is drawn from."""
     device = target_probs.device
     target = target_probs[torch.tensor([draft.last_line for draft in drafts], device=device)]
-    remainders = target.clone()
+    found = target.clone()
     rejected = [(row, token_id) for row, draft in enumerate(drafts) for token_id in draft.rejected]
     if rejected:
         places = torch.tensor(rejected, device=device)
-        remainders[places[:, 0], places[:, 1]] = 0.0
+        found[places[:, 0], places[:, 1]] = 0.0
     chains: dict[int, list[tuple[int, Tensor]]] = {}
     for row, draft in enumerate(drafts):
         if draft.draft_probs is not None and len(draft.nodes) < len(draft.token_ids):
@@ -241,7 +241,7 @@ def _remainders(target_probs: Tensor, drafts: Sequence[_SampledDraft]) -> Tensor
         factors = torch.tensor([drafts[row].weight for row in rows], dtype=torch.float32, device=device)
         scaled = factors[:, None] * target[index]
         draft_lines = torch.stack([line for _, line in members])
-        remainders[index] = _subtract_draft(scaled, draft_lines, drafts[rows[0]].draft_token_ids)
+        found[index] = _subtract_draft(scaled, draft_lines, drafts[rows[0]].draft_token_ids)
     # No mass is left only when rounding rejected a token that exact arithmetic accepts with certainty. The
     # comparison is also false for the NaN of a broken draft.
-    return torch.where(remainders.sum(-1, keepdim=True) > 0.0, remainders, target)
+    return torch.where(found.sum(-1, keepdim=True) > 0.0, found, target)

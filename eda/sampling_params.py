@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Flag, auto
 
 _SMALLEST_TEMPERATURE = 1e-5
 """Below this, dividing float32 logits could overflow, and the softmax is one-hot anyway: treated as greedy."""
@@ -10,6 +11,46 @@ _SMALLEST_TEMPERATURE = 1e-5
 
 def _refuse(name: str, value: object, expected: str) -> ValueError:
     return ValueError(f"{name} is {value!r}; it must be {expected}")
+
+
+class SamplingDemand(Flag):
+    """What a request asks of whatever chooses its tokens, beyond the likeliest of the raw logits.
+
+    A fast path declares the flags that it covers, and takes a row where ``params.demand in COVERS``.
+    """
+
+    NOTHING = 0
+    DRAWS = auto()
+    """Tokens are drawn from a generator."""
+    SEED = auto()
+    """Tokens follow the noise of a seed."""
+    TEMPERATURE = auto()
+    CUTS = auto()
+    """top-k, top-p or min-p."""
+    PENALTIES = auto()
+    BIAS = auto()
+    MIN_TOKENS = auto()
+    LOGPROBS = auto()
+
+
+_RANDOM = SamplingDemand.DRAWS | SamplingDemand.SEED | SamplingDemand.TEMPERATURE | SamplingDemand.CUTS
+"""Of no effect on greedy requests."""
+
+DEMAND_OF_FIELD: Mapping[str, tuple[SamplingDemand, object]] = {
+    "temperature": (SamplingDemand.TEMPERATURE, 1.0),
+    "top_k": (SamplingDemand.CUTS, 0),
+    "top_p": (SamplingDemand.CUTS, 1.0),
+    "min_p": (SamplingDemand.CUTS, 0.0),
+    "repetition_penalty": (SamplingDemand.PENALTIES, 1.0),
+    "presence_penalty": (SamplingDemand.PENALTIES, 0.0),
+    "frequency_penalty": (SamplingDemand.PENALTIES, 0.0),
+    "logit_bias": (SamplingDemand.BIAS, {}),
+    "min_tokens": (SamplingDemand.MIN_TOKENS, 0),
+    "stop_ids": (SamplingDemand.NOTHING, ()),  # they act through min_tokens
+    "seed": (SamplingDemand.SEED, None),
+    "num_logprobs": (SamplingDemand.LOGPROBS, None),
+}
+"""What each field of ``SamplingParams`` demands, and the value with which it demands nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +85,8 @@ class SamplingParams:
     """Makes the text a function of the seed and the target's distribution alone."""
     num_logprobs: int | None = None
     """``None``: no log-probabilities; 0: of each emitted token; n: also of the n likeliest tokens."""
+    demand: SamplingDemand = field(init=False, repr=False, compare=False)
+    """What the fields above ask for together."""
 
     def __post_init__(self) -> None:
         # Copies, so that a caller's later change of its dict or list cannot reach a running request.
@@ -80,6 +123,14 @@ class SamplingParams:
             raise _refuse("seed", self.seed, "a 64-bit integer, or None for no seed")
         if self.num_logprobs is not None and self.num_logprobs < 0:
             raise _refuse("num_logprobs", self.num_logprobs, "None (off), 0 or a positive number of tokens")
+        object.__setattr__(self, "demand", self._demand())
+
+    def _demand(self) -> SamplingDemand:
+        demand = SamplingDemand.NOTHING if self.seed is not None else SamplingDemand.DRAWS
+        for name, (flag, neutral) in DEMAND_OF_FIELD.items():
+            if getattr(self, name) != neutral:
+                demand |= flag
+        return demand & ~_RANDOM if self.is_greedy else demand
 
     @property
     def is_greedy(self) -> bool:
@@ -99,11 +150,6 @@ class SamplingParams:
     def edits_logits(self) -> bool:
         """Whether penalties, bias or ``min_tokens`` can change the logits, greedy or not."""
         return self.needs_history or bool(self.logit_bias) or self.min_tokens > 0
-
-    @property
-    def takes_likeliest(self) -> bool:
-        """Whether the next token is simply the likeliest of the raw logits."""
-        return self.is_greedy and not self.edits_logits
 
     @property
     def reshapes_distribution(self) -> bool:

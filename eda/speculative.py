@@ -1,4 +1,4 @@
-"""The speculative step: propose -> verify -> accept, for a batch of sequences.
+"""The speculative step: propose -> run the target -> verify -> accept, for a batch of sequences.
 
 One ``SpeculativeDecoder.step`` runs the draft for every row that speculates, one target pass over all rows (prompt
 chunks included), and accepts what the target agrees with. Plain decoding is the same step without a proposal. The
@@ -6,32 +6,27 @@ output is the target's own, whatever the draft: see ``eda/verification.py`` for 
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Self
 
 import torch
-from torch import Tensor
 
+from eda.answers import Need
+from eda.backends.base import Backend, Drafter, DraftRequest, PassPlan
+from eda.backends.choice import GraphChoice, choose_backend
 from eda.draft import DraftModel
 from eda.errors import MismatchError, NonFiniteLogitsError
-from eda.kernels.parallel import kernel_threads_only
+from eda.kinds import Speculation
 from eda.kv_cache import KVCache
-from eda.packing import StepRow, lora_segments, pack, place_rows
-from eda.proposer import Proposer, in_draft_order
+from eda.packing import StepRow
 from eda.sampling import TokenHistory
-from eda.state import SequenceState, Speculation
-from eda.static.choice import GraphChoice, graph_cache
-from eda.static.shapes import MAX_TOKENS, WARM_UP_KEYS
-from eda.static.target_pass import TargetPasses
-from eda.target import FineTune, TargetModel, TargetOutput
+from eda.sampling_params import SamplingDemand
+from eda.state import SequenceState
+from eda.target import TargetModel
 from eda.transfers import upload
-from eda.verification import TokenLogprobs, VerificationRow, verify
+from eda.verification import AnswerLines, TokenLogprobs, Verdict, VerificationRow
 
-__all__ = ["ScheduledRow", "SequenceState", "Speculation", "SpeculativeDecoder", "StepResult"]
-
-MAX_PENDING_BYTES = 4 << 20
-"""A sequence whose drafting is paused keeps so many bytes of features before the draft reads them anyway: reading costs
-the same later, and nothing where drafting never begins again."""
+__all__ = ["ScheduledRow", "SequenceState", "SpeculativeDecoder", "StepResult"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,22 +51,20 @@ class StepResult:
 
 
 class SpeculativeDecoder:
-    """Decodes batches of sequences of one target family with one shared draft.
+    """Decodes batches of sequences of one target family.
 
     Args:
         target: the base model; fine-tunes with weights of their own must have its shapes.
-        draft: the shared draft, or ``None`` for plain decoding only.
-        num_slots: size of the key/value cache in tokens.
-        seed: of the generator that unseeded sampling uses; ``None`` takes a fresh one.
-        block_verification: accept sampled chains as blocks (Sun et al. 2024).
-        graphs: how small passes are recorded and replayed: "auto" (CUDA graphs on a GPU), "off", or another backend.
-
-    Raises:
-        MismatchError: the draft was made for a target of other sizes.
+        backend: what computes. ``for_models`` chooses it.
     """
 
-    def __init__(
-        self,
+    def __init__(self, target: TargetModel, backend: Backend) -> None:
+        self.target = target
+        self.backend = backend
+
+    @classmethod
+    def for_models(
+        cls,
         target: TargetModel,
         draft: DraftModel | None = None,
         *,
@@ -79,28 +72,41 @@ class SpeculativeDecoder:
         seed: int | None = None,
         block_verification: bool = False,
         graphs: GraphChoice = "auto",
-    ) -> None:
-        self.target = target
-        self.graphs = graph_cache(graphs, target)
-        spare = 0 if self.graphs is None else MAX_TOKENS
-        self.cache: KVCache = target.new_cache(num_slots + spare)
-        self.block_verification = block_verification
-        self._device = target.device
-        self._generator = torch.Generator(self._device)
-        if seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(seed)
-        self.proposer: Proposer | None = None
+    ) -> Self:
+        """A decoder on the fastest backend that takes these models here.
+
+        Args:
+            draft: the shared draft, or ``None`` for plain decoding only.
+            num_slots: size of the key/value cache in tokens.
+            seed: of the generator that unseeded sampling uses; ``None`` takes a fresh one.
+            block_verification: accept sampled chains as blocks (Sun et al. 2024).
+            graphs: how small passes are recorded and replayed: "auto" (CUDA graphs on a GPU), "off", or by another
+                recorder.
+
+        Raises:
+            MismatchError: the draft was made for a target of other sizes.
+        """
         if draft is not None:
             check_draft_fits(draft, target)
-            self.proposer = Proposer(draft, num_slots, self._generator, self.graphs)
-        self.target_passes: TargetPasses | None = None
-        if self.graphs is not None:
-            scratch = self.cache.withhold(spare)
-            self.target_passes = TargetPasses(
-                self.cache, scratch, self.graphs, with_features=draft is not None
-            )
+        generator = torch.Generator(target.device)
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
+        backend = choose_backend(
+            target,
+            draft,
+            num_slots=num_slots,
+            generator=generator,
+            block_verification=block_verification,
+            graphs=graphs,
+        )
+        return cls(target, backend)
+
+    @property
+    def cache(self) -> KVCache:
+        """The target's."""
+        return self.backend.cache
 
     @staticmethod
     def bytes_per_slot(target: TargetModel, draft: DraftModel | None) -> int:
@@ -113,41 +119,26 @@ class SpeculativeDecoder:
         return size
 
     @torch.inference_mode()
-    def warm_up(
-        self, shapes: Sequence[tuple[int, Speculation]], num_keys: Sequence[int] = WARM_UP_KEYS
-    ) -> int:
-        """Records the passes of plain and drafting rounds, so that the first requests need not.
-
-        Nothing happens where passes are not recorded. Others than these are recorded when they have come up often
-        enough, and so are those of fine-tunes and private modules.
-
-        Args:
-            shapes: numbers of sequences, and how they draft; greedily, with the base model and the shared draft.
-            num_keys: lengths of the longest sequence.
+    def warm_up(self, shapes: Sequence[tuple[int, Speculation]]) -> int:
+        """Makes ready for ``shapes``, numbers of sequences and how they draft, so that the first requests need not.
 
         Returns:
-            How many recordings there are.
+            How many passes are ready now.
         """
-        if self.graphs is None or self.target_passes is None:
-            return 0
-        fine_tune = FineTune("base", self.target)
-        if self.proposer is not None:
-            self.target.tap_layers = self.proposer.draft.config.tap_layers
-        for keys in num_keys:
-            for num_rows, speculation in shapes:
-                self.target_passes.prepare(self.target, None, num_rows, 1, keys)
-                if self.proposer is not None and self.proposer.passes is not None:
-                    self.target_passes.prepare(self.target, None, num_rows, speculation.num_nodes + 1, keys)
-                    self.proposer.passes.prepare(fine_tune, num_rows, speculation, keys)
-        return len(self.graphs)
+        return self.backend.prepare(shapes)
 
     # admission
 
-    def _capacity(self, state: SequenceState) -> int:
-        return state.max_length + (state.speculation.slots if self._can_draft(state) else 0)
+    def _drafter(self, state: SequenceState) -> Drafter | None:
+        """What drafts for the sequence now; ``None`` where nothing does."""
+        drafter = self.backend.drafters.get(type(state.speculation)) if state.drafts else None
+        if drafter is not None and drafter.taps is not None and not state.keeps_features:
+            return None  # nobody kept what it would read
+        return drafter
 
-    def _can_draft(self, state: SequenceState) -> bool:
-        return state.drafts and self.proposer is not None
+    def _capacity(self, state: SequenceState) -> int:
+        drafts = state.drafts and type(state.speculation) in self.backend.drafters
+        return state.max_length + (state.speculation.slots if drafts else 0)
 
     def fits(self, state: SequenceState) -> bool:
         """Whether the sequence would fit into an empty cache."""
@@ -160,11 +151,11 @@ class SpeculativeDecoder:
     def admit(self, state: SequenceState) -> None:
         """Reserves cache slots for the sequence's whole life. Raises ``CacheFullError``."""
         state.extent = self.cache.allocator.allocate(self._capacity(state))
-        state.drafts = self._can_draft(state)
-        if self.proposer is not None:
-            state.fine_tune.model.tap_layers = self.proposer.draft.config.tap_layers
+        drafter = self.backend.drafters.get(type(state.speculation))
+        state.drafts = state.drafts and drafter is not None
+        state.keeps_features = state.drafts and drafter is not None and drafter.taps is not None
         if state.sampling.needs_history:
-            state.history = TokenHistory(state.token_ids, self.target.config.vocab_size, self._device)
+            state.history = TokenHistory(state.token_ids, self.target.config.vocab_size, self.target.device)
 
     def release(self, state: SequenceState) -> None:
         """Gives the sequence's slots back; nothing happens when it has none."""
@@ -176,167 +167,64 @@ class SpeculativeDecoder:
 
     @torch.inference_mode()
     def step(self, scheduled: Sequence[ScheduledRow]) -> list[StepResult]:
-        """Propose, verify and accept for every row; results in the order of ``scheduled``.
+        """Propose, run the target, verify and accept for every row; results in the order of ``scheduled``.
 
         Raises ``ValueError`` for a row that was not admitted or schedules more tokens than it has.
         """
-        rows = [
-            StepRow(index, row.state, row.num_tokens, emits=row.num_tokens == row.state.num_uncomputed)
-            for index, row in enumerate(scheduled)
-        ]
-        for row in rows:
-            if row.state.extent is None or not 1 <= row.num_tokens <= row.state.num_uncomputed:
-                raise ValueError(
-                    f"row {row.index} schedules {row.num_tokens} tokens; it is admitted: "
-                    f"{row.state.extent is not None}, and has {row.state.num_uncomputed} to compute"
-                )
-        with kernel_threads_only() if self.target.has_kernel else nullcontext():
+        rows = _checked_rows(scheduled)
+        with self.backend.around_step():
             self._propose(rows)
-            return self._accept(rows, *self._verify_pass(rows))
+            answers = self._run_target(rows)
+            return self._accept(rows, self._verify(rows, answers))
 
-    # propose
+    def _propose(self, rows: Sequence[StepRow]) -> None:
+        """Every drafter sees every row that keeps features for it, since it may read them without drafting."""
+        chosen = [self._drafter(row.state) for row in rows]
+        for drafter in {id(each): each for each in self.backend.drafters.values()}.values():
+            places = [
+                place
+                for place, row in enumerate(rows)
+                if chosen[place] is drafter or (row.state.num_pending_features and drafter.taps is not None)
+            ]
+            if not places:
+                continue
+            requests = [
+                DraftRequest(rows[place].state, _draft_length(rows[place]) if chosen[place] is drafter else 0)
+                for place in places
+            ]
+            for place, proposal in zip(places, drafter.draft(requests), strict=True):
+                rows[place].proposal = proposal or rows[place].proposal
 
-    def _propose(self, rows: list[StepRow]) -> None:
-        if self.proposer is None:
-            return
-        lengths = [self._draft_length(row) for row in rows]
-        extending = [
-            index
-            for index, row in enumerate(rows)
-            if row.state.num_pending_features
-            and (lengths[index] or row.state.is_prefilling or row.state.pending_bytes >= MAX_PENDING_BYTES)
-        ]
-        if not extending:
-            return
-        extending = [extending[index] for index in in_draft_order([rows[index].state for index in extending])]
-        chain_lengths = [lengths[index] for index in extending]
-        trees = any(lengths[index] and rows[index].state.speculation.mode == "tree" for index in extending)
-        hidden, chains = self.proposer.extend(
-            [rows[index].state for index in extending], None if trees else chain_lengths
-        )
-        if chains is not None:
-            for index, chain in zip(extending, chains, strict=True):
-                rows[index].proposal = chain if chain.token_ids else None
-            return
-        by_shape: dict[tuple[int, int, int] | None, list[int]] = {}
-        for place, index in enumerate(extending):
-            if lengths[index]:
-                shape = rows[index].state.speculation
-                key = (
-                    (shape.tree_top_k, lengths[index], shape.tree_num_nodes) if shape.mode == "tree" else None
-                )
-                by_shape.setdefault(key, []).append(place)
-        for key, places in by_shape.items():
-            chosen = [rows[extending[place]] for place in places]
-            states = [row.state for row in chosen]
-            inputs = hidden if len(places) == len(extending) else hidden[upload(places, self._device)]
-            if key is None:
-                proposals = self.proposer.propose_chains(
-                    states, inputs, [lengths[row.index] for row in chosen]
-                )
-            else:
-                top_k, depth, num_nodes = key
-                proposals = self.proposer.propose_trees(
-                    states, inputs, top_k=top_k, depth=depth, num_nodes=num_nodes
-                )
-            for row, proposal in zip(chosen, proposals, strict=True):
-                row.proposal = proposal if proposal.token_ids else None
-
-    def _draft_length(self, row: StepRow) -> int:
-        """Draft tokens (chain) or levels (tree) that make sense for this row now."""
-        state = row.state
-        if not state.drafts or state.is_prefilling or state.speculation.mode == "none":
-            return 0
-        # The verifying pass always emits one token itself, so the last position needs no draft.
-        room = state.max_length - len(state.token_ids) - 1
-        length = min(state.speculation.num_speculative_tokens, room)
-        # A speculation set after admission may ask for more slots than were reserved.
-        extent = state.extent
-        if extent is not None and len(state.token_ids) + state.speculation.slots > extent.capacity:
-            length = (
-                min(length, extent.capacity - len(state.token_ids) - 1)
-                if state.speculation.mode == "chain"
-                else 0
-            )
-        return max(0, length)
-
-    # verify
-
-    def _verify_pass(self, rows: list[StepRow]) -> tuple[Tensor | None, list[int] | None]:
-        """One target pass per set of full weights, for all nodes of all emitting rows, in row order.
-
-        Returns their logits; or only the likeliest tokens, where no row needs more and the target can tell them.
-        """
-        # Rows of one LoRA stand together, so that each adapter is one segment of the pack.
+    def _run_target(self, rows: Sequence[StepRow]) -> dict[int, AnswerLines]:
+        """One target pass per set of full weights; answers by the index of each emitting row."""
         by_model: dict[int, list[StepRow]] = {}
         for row in rows:
             by_model.setdefault(id(row.state.fine_tune.model), []).append(row)
-        only_best = all(_needs_only_best(row.state) for row in rows if row.emits)
-        parts: dict[int, Tensor] = {}
-        best: dict[int, list[int]] = {}
+        answers: dict[int, AnswerLines] = {}
         for group in by_model.values():
+            # Rows of one LoRA stand together, so that each adapter is one segment of the pack.
             group.sort(key=lambda row: id(row.state.fine_tune.lora))
-            self._target_pass(group, parts, best, only_best=only_best)
-        emitting = [row.index for row in rows if row.emits]
-        if not emitting:
-            return torch.empty(0, self.target.config.vocab_size, device=self._device), None
-        if only_best:
-            return None, [token for index in emitting for token in best[index]]
-        ordered = [parts[index] for index in emitting]
-        return ordered[0] if len(ordered) == 1 else torch.cat(ordered), None
+            model = group[0].state.fine_tune.model
+            output = self.backend.target.run(model, [row.for_target() for row in group], self._plan(group))
+            token = line = 0
+            for row in group:
+                if row.state.reads_features and output.features is not None:
+                    row.state.keep_features(output.features[token : token + row.num_queries])
+                token += row.num_queries
+                if row.emits and output.answer is not None:
+                    answers[row.index] = AnswerLines(output.answer, line)
+                    line += row.num_queries - row.num_tokens + 1
+        return answers
 
-    def _target_pass(
-        self, group: list[StepRow], parts: dict[int, Tensor], best: dict[int, list[int]], *, only_best: bool
-    ) -> None:
-        place_rows(group)
-        output = self._replayed_pass(group) or self._eager_pass(group, only_best=only_best)
-        offset = 0
-        for row in group:
-            if row.emits:
-                lines = slice(offset, offset + row.num_queries - row.num_tokens + 1)
-                offset = lines.stop
-                if output.logits is not None:
-                    parts[row.index] = output.logits[lines]
-                if output.best is not None:
-                    best[row.index] = output.best[lines]
-            if row.state.drafts and output.features is not None:
-                row.state.keep_features(output.features[row.start : row.start + row.num_queries])
+    def _plan(self, group: Sequence[StepRow]) -> PassPlan:
+        plain = all(row.state.sampling.demand == SamplingDemand.NOTHING for row in group if row.emits)
+        reads = any(row.state.reads_features for row in group)
+        return PassPlan(Need.LIKELIEST if plain else Need.LOGITS, self.backend.taps if reads else None)
 
-    def _eager_pass(self, group: list[StepRow], *, only_best: bool) -> TargetOutput:
-        model = group[0].state.fine_tune.model
-        tokens, batch = pack(group, self._device)
-        wanted = [
-            index
-            for row in group
-            if row.emits
-            for index in range(row.start + row.num_tokens - 1, row.start + row.num_queries)
-        ]
-        output: TargetOutput = model(
-            tokens,
-            batch,
-            self.cache,
-            lora_segments(group),
-            with_features=any(row.state.drafts for row in group),
-            wanted=wanted,
-            only_best=only_best,
-        )
-        return output
-
-    def _replayed_pass(self, group: list[StepRow]) -> TargetOutput | None:
-        """The same from a recording, where there is one for rows like these."""
-        fine_tune = group[0].state.fine_tune
-        if self.target_passes is None or any(row.state.fine_tune.lora is not fine_tune.lora for row in group):
-            return None
-        if not self.target_passes.takes(len(group), max(row.num_queries for row in group)):
-            return None
-        return self.target_passes.run(fine_tune.model, fine_tune.lora, [row.targets() for row in group])
-
-    # accept
-
-    def _accept(self, rows: list[StepRow], logits: Tensor | None, best: list[int] | None) -> list[StepResult]:
+    def _verify(self, rows: Sequence[StepRow], answers: dict[int, AnswerLines]) -> list[Verdict]:
+        """Verdicts of the emitting rows."""
         emitting = [row for row in rows if row.emits]
-        verdicts = verify(
-            logits,
+        return self.backend.verifier.verify(
             [
                 VerificationRow(
                     row.state.sampling,
@@ -347,11 +235,12 @@ class SpeculativeDecoder:
                 )
                 for row in emitting
             ],
-            self._generator,
-            block=self.block_verification,
-            best=best,
-            in_kernel=self.target.has_kernel,
+            [answers[row.index] for row in emitting],
         )
+
+    def _accept(self, rows: Sequence[StepRow], verdicts: Sequence[Verdict]) -> list[StepResult]:
+        """Lets tokens, caches and features of each row grow by what was accepted."""
+        emitting = [row for row in rows if row.emits]
         results = [StepResult([]) for _ in rows]
         source: list[int] = []
         destination: list[int] = []
@@ -363,7 +252,7 @@ class SpeculativeDecoder:
                 results[row.index] = StepResult([], failure=_not_finite(state))
                 continue
             accepted = verdict.accepted_nodes
-            if row.proposal is not None and state.drafts:
+            if row.proposal is not None and state.reads_features:
                 state.cut_features(row.num_tokens, accepted)
             first = extent.start + extent.length + row.num_tokens - 1
             for place, node in enumerate(accepted, start=1):
@@ -384,7 +273,7 @@ class SpeculativeDecoder:
             if not row.emits and row.state.extent is not None:
                 row.state.extent.length += row.num_tokens
         if source:
-            self.cache.move(*upload([source, destination], self._device))
+            self.cache.move(*upload([source, destination], self.target.device))
         return results
 
 
@@ -393,6 +282,32 @@ def _not_finite(state: SequenceState) -> NonFiniteLogitsError:
         f"the logits of {state.fine_tune.name!r} after {len(state.token_ids)} tokens are not finite: its weights are "
         "damaged or too large for the type that it computes in"
     )
+
+
+def _checked_rows(scheduled: Sequence[ScheduledRow]) -> list[StepRow]:
+    rows = [
+        StepRow(index, row.state, row.num_tokens, emits=row.num_tokens == row.state.num_uncomputed)
+        for index, row in enumerate(scheduled)
+    ]
+    for row in rows:
+        if row.state.extent is None or not 1 <= row.num_tokens <= row.state.num_uncomputed:
+            raise ValueError(
+                f"row {row.index} schedules {row.num_tokens} tokens; it is admitted: "
+                f"{row.state.extent is not None}, and has {row.state.num_uncomputed} to compute"
+            )
+    return rows
+
+
+def _draft_length(row: StepRow) -> int:
+    """Draft tokens (chain) or levels (tree) that make sense for this row now."""
+    state = row.state
+    if state.is_prefilling:
+        return 0
+    # The verifying pass always emits one token itself, so the last position needs no draft.
+    room = state.max_length - len(state.token_ids) - 1
+    # A speculation set after admission may ask for more slots than were reserved.
+    free = 0 if state.extent is None else state.extent.capacity - len(state.token_ids)
+    return state.speculation.fitting(room, free)
 
 
 def check_draft_fits(draft: DraftModel, target: TargetModel) -> None:
@@ -410,9 +325,3 @@ def check_draft_fits(draft: DraftModel, target: TargetModel) -> None:
         raise MismatchError(
             f"the draft was trained for the target {recorded[:16]}...; this target is {target.fingerprint[:16]}..."
         )
-
-
-def _needs_only_best(state: SequenceState) -> bool:
-    """Whether verifying takes no more than the target's likeliest tokens, and the target can tell them."""
-    sampling = state.sampling
-    return sampling.takes_likeliest and sampling.num_logprobs is None and state.fine_tune.tells_likeliest

@@ -1,61 +1,16 @@
 """What the decoder keeps of one sequence between steps."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from eda.kinds import Chain, Off, Speculation
 from eda.kv_cache import Extent
 from eda.private import PrivateModule
 from eda.sampling import SamplingParams, TokenHistory
 from eda.target import FineTune
 from eda.transfers import upload
-
-
-@dataclass(frozen=True, slots=True)
-class Speculation:
-    """How a sequence drafts.
-
-    Attributes:
-        mode: "none" (plain decoding), "chain", or "tree" (EAGLE-2 dynamic tree).
-        num_speculative_tokens: length of a chain, depth of a tree; 0 pauses drafting.
-        tree_top_k: children of an expanded node and nodes expanded in each level.
-        tree_num_nodes: draft nodes that the target verifies.
-        min_probability: a chain ends behind a token that makes its joint draft probability fall below this. Where the
-            draft is unsure, further tokens would cost more than they bring; where it is sure, chains may be long.
-    """
-
-    mode: Literal["none", "chain", "tree"] = "chain"
-    num_speculative_tokens: int = 5
-    tree_top_k: int = 4
-    tree_num_nodes: int = 16
-    min_probability: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("none", "chain", "tree"):
-            raise ValueError(f'mode is {self.mode!r}; it must be "none", "chain" or "tree"')
-        if self.num_speculative_tokens < 0:
-            raise ValueError(f"num_speculative_tokens is {self.num_speculative_tokens}; it must be 0 or more")
-        for name in ("tree_top_k", "tree_num_nodes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0.0 <= self.min_probability < 1.0:
-            raise ValueError(f"min_probability is {self.min_probability}; it must be from 0 to below 1")
-
-    @property
-    def num_nodes(self) -> int:
-        """Draft tokens that the target verifies at most."""
-        if self.mode == "none" or self.num_speculative_tokens == 0:
-            return 0
-        return self.tree_num_nodes if self.mode == "tree" else self.num_speculative_tokens
-
-    @property
-    def slots(self) -> int:
-        """Cache slots that one draft of this kind takes beyond the accepted tokens."""
-        if self.mode == "tree":
-            return max(self.tree_top_k * self.num_speculative_tokens, self.tree_num_nodes) + 1
-        return self.num_speculative_tokens + 1
 
 
 @dataclass(slots=True, eq=False)
@@ -71,11 +26,13 @@ class SequenceState:
     fine_tune: FineTune
     sampling: SamplingParams = field(default_factory=SamplingParams)
     private: PrivateModule | None = None
-    speculation: Speculation = field(default_factory=Speculation)
+    speculation: Speculation = field(default_factory=Chain)
 
     num_prompt_tokens: int = field(init=False)
     drafts: bool = field(init=False)
-    """Fixed at the start: whether target features are kept for the draft."""
+    """Whether it drafts at all; a sequence that ceases to do so never begins again."""
+    keeps_features: bool = field(init=False, default=False)
+    """Fixed at the start: whether target features are kept for a draft that reads them."""
     extent: Extent | None = field(init=False, default=None)
     history: TokenHistory | None = field(init=False, default=None)
     draft_length: int = field(init=False, default=0)
@@ -89,7 +46,7 @@ class SequenceState:
             raise ValueError(
                 f"max_length is {self.max_length}; with {self.num_prompt_tokens} prompt tokens it must be larger"
             )
-        self.drafts = self.speculation.mode != "none"
+        self.drafts = not isinstance(self.speculation, Off)
 
     @property
     def num_computed(self) -> int:
@@ -114,14 +71,24 @@ class SequenceState:
         return not self.sampling.is_greedy and self.sampling.seed is None
 
     @property
+    def min_probability(self) -> float:
+        """Joint draft probability below which its chains end."""
+        return self.speculation.min_probability if isinstance(self.speculation, Chain) else 0.0
+
+    @property
     def slot_start(self) -> int:
         if self.extent is None:
             raise RuntimeError("the sequence has no cache slots; admit() it first")
         return self.extent.start
 
     @property
+    def reads_features(self) -> bool:
+        """Whether features of new tokens are kept."""
+        return self.drafts and self.keeps_features
+
+    @property
     def num_pending_features(self) -> int:
-        return self.num_computed - self.draft_length if self.drafts else 0
+        return self.num_computed - self.draft_length if self.reads_features else 0
 
     @property
     def pending_bytes(self) -> int:

@@ -4,24 +4,20 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from eda.answers import Answer, Logits, Need
 from eda.attention import PackedBatch, masks_for
 from eda.checkpoint import (
-    ADAPTER_CONFIG_FILE,
     copy_weights,
     layer_projections,
     require_tensors,
-    resolve_directory,
-    vocabulary,
 )
 from eda.config import ModelConfig
-from eda.errors import MismatchError
-from eda.kernels.target import TargetKernel, supports
 from eda.kv_cache import KVCache
 from eda.layers import DecoderLayer, RMSNorm
 from eda.linear import packed_linear, packed_weight
@@ -29,7 +25,6 @@ from eda.lora import LoraAdapter, LoraSegment, add_low_rank
 from eda.model_files import open_model
 from eda.rotary import RotaryEmbedding
 from eda.tokenizer import TextTokenizer
-from eda.tokenizer_files import load_own_tokenizer
 from eda.transfers import upload
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -37,17 +32,8 @@ _HEAD = "lm_head.weight"
 _RECOMPUTED = re.compile(r"rotary_emb\.inv_freq$")  # older checkpoints stored what the config determines
 # Private in torch; a release without one of them only loses the automatic choice.
 _BFLOAT16_CPU_CHECKS = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-# A fine-tune shares the base's draft, whose cache and features have these sizes.
-_SHARED_SIZES = (
-    "architecture",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-)
+TapLayers = tuple[int, int, int]
+"""The layers whose outputs are a draft's features: low, middle, high."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,11 +44,86 @@ class TargetOutput:
     """``[T, hidden_size]`` after the final norm."""
     features: Tensor | None
     """``[T, 3 * hidden_size]``: the hidden states after the three tapped layers, low to high."""
-    logits: Tensor | None = None
-    """Float32 ``[N, vocab_size]`` of the wanted tokens, where the pass was asked for them."""
-    best: list[int] | None = None
-    """Their likeliest tokens, where the pass was asked for these (first id of equals, -1 where logits
-    are not finite)."""
+    answer: Answer | None = None
+    """On the wanted tokens, logits in float32; ``None`` where none was wanted."""
+
+
+class TargetBody(Protocol):
+    """Runs a target's layers and its output layer."""
+
+    def run(
+        self,
+        model: "TargetModel",
+        embedded: Tensor,
+        batch: PackedBatch,
+        cache: KVCache,
+        lora_segments: Sequence[LoraSegment],
+        *,
+        taps: TapLayers | None,
+        wanted: Sequence[int],
+        need: Need,
+    ) -> TargetOutput:
+        """All layers over ``embedded [T, H]``.
+
+        Arguments as of ``TargetModel.forward``. The answer may be left out: it is then taken from ``logits``.
+        """
+        ...
+
+    def logits(self, model: "TargetModel", hidden: Tensor) -> Tensor:
+        """``[N, vocab_size]`` of ``hidden [N, H]``, of any floating type, without any LoRA."""
+        ...
+
+
+class TorchBody:
+    """Runs the modules of the model itself."""
+
+    def __init__(self) -> None:
+        self._packed_head: Tensor | None = None
+
+    def pack(self, model: "TargetModel") -> None:
+        """Lays the weights of ``model`` out for products on CPUs, where that is faster; it cannot be saved then.
+
+        The head keeps its plain rows, which drafts read, beside it.
+        """
+        for layer in model.layers:
+            assert isinstance(layer, DecoderLayer)
+            for linear in layer.fused_projections().values():
+                linear.pack()
+        self._packed_head = packed_weight(model.head)
+
+    def run(
+        self,
+        model: "TargetModel",
+        embedded: Tensor,
+        batch: PackedBatch,
+        cache: KVCache,
+        lora_segments: Sequence[LoraSegment],
+        *,
+        taps: TapLayers | None,
+        wanted: Sequence[int],
+        need: Need,
+    ) -> TargetOutput:
+        """See ``TargetBody``."""
+        hidden = embedded
+        longest = max(row.kv_len for row in batch.rows)
+        model.rotary.reserve(longest, dtype=hidden.dtype, device=hidden.device)
+        cos, sin = model.rotary(batch.positions, batch.rope_lengths, hidden.dtype)
+        # A window that no row outgrows hides nothing, so its layers share the masks of full attention.
+        windows = [w if w is not None and w < longest else None for w in model.config.layer_windows]
+        masks = {window: masks_for(batch, window) for window in set(windows)}
+        features: dict[int, Tensor] = {}
+        for index, layer in enumerate(model.layers):
+            hidden = layer(hidden, cos, sin, cache, index, batch, masks[windows[index]], lora_segments)
+            if taps is not None and index in taps:
+                features[index] = hidden
+        fused = None if taps is None else torch.cat([features[index] for index in taps], dim=-1)
+        return TargetOutput(model.norm(hidden), fused)
+
+    def logits(self, model: "TargetModel", hidden: Tensor) -> Tensor:
+        """See ``TargetBody``."""
+        if self._packed_head is None:
+            return functional.linear(hidden, model.head)
+        return packed_linear(hidden, self._packed_head, model.config.vocab_size)
 
 
 class TargetModel(nn.Module):
@@ -83,9 +144,8 @@ class TargetModel(nn.Module):
             else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         )
         self.rotary = RotaryEmbedding(config.rope, config.head_dim)
-        self._packed_head: Tensor | None = None
-        self._kernel: TargetKernel | None = None
-        self._tap_layers = default_tap_layers(config.num_layers)
+        self.body: TargetBody = TorchBody()
+        """What runs the passes; ``eda.backends.loading`` exchanges it where another is faster."""
         self.requires_grad_(False)
 
     @classmethod
@@ -120,20 +180,7 @@ class TargetModel(nn.Module):
         if config.tie_word_embeddings:
             model.head = model.embedding
         copy_weights(checkpoint, model._places(), ignored)
-        model._pack()
         return model.requires_grad_(False)
-
-    def _pack(self) -> None:
-        """Lays weights out for the CPU's kernels. The head keeps its plain rows, which drafts read, beside it."""
-        layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
-        if supports(self.config, self.dtype, self.device):
-            self._kernel = TargetKernel(self.config, layers, self.norm.weight, self.head)
-            self.layers = nn.ModuleList()  # the kernel holds all that they held
-            return
-        for layer in layers:
-            for linear in layer.fused_projections().values():
-                linear.pack()
-        self._packed_head = packed_weight(self.head)
 
     def _places(self) -> dict[str, Tensor]:
         """Where each tensor of a checkpoint belongs: views of the fused weights, by the checkpoint's names."""
@@ -157,24 +204,6 @@ class TargetModel(nn.Module):
                 if linear.bias is not None:
                     places[f"{prefix}.{name}.bias"] = linear.bias.data[rows]
         return places
-
-    @property
-    def tap_layers(self) -> tuple[int, int, int]:
-        """The layers, counted from 0, whose outputs are the draft's features."""
-        return self._tap_layers
-
-    @tap_layers.setter
-    def tap_layers(self, layers: tuple[int, int, int]) -> None:
-        if len(layers) != 3 or not all(0 <= layer < self.config.num_layers for layer in layers):
-            raise ValueError(
-                f"tap_layers is {layers}; three layers between 0 and {self.config.num_layers - 1} are needed"
-            )
-        self._tap_layers = layers
-
-    @property
-    def has_kernel(self) -> bool:
-        """Whether passes run in C++ (see ``eda/kernels``)."""
-        return self._kernel is not None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -214,43 +243,30 @@ class TargetModel(nn.Module):
         cache: KVCache,
         lora_segments: Sequence[LoraSegment] = (),
         *,
-        with_features: bool = True,
+        taps: TapLayers | None = None,
         wanted: Sequence[int] = (),
-        only_best: bool = False,
+        need: Need = Need.LOGITS,
     ) -> TargetOutput:
         """Runs all layers over ``token_ids`` ``[T]`` and leaves their keys and values in ``cache``.
 
         Shared weights run once for all tokens; a LoRA segment adds its low-rank products to its own tokens.
 
         Args:
-            wanted: tokens whose logits are wanted from the same call; ``logits`` computes others.
-            only_best: the likeliest of the wanted tokens' successors are enough.
+            taps: the layers, counted from 0, whose outputs are the draft's features; ``None`` gives no features.
+            wanted: tokens that an answer is wanted on from the same call; ``logits`` computes others.
+            need: what the answer has to hold, at least.
+
+        Raises ``ValueError`` for ``taps`` that the model does not have.
         """
-        hidden = self.embed(token_ids, lora_segments)
-        longest = max(row.kv_len for row in batch.rows)
-        if self._kernel is not None:
-            cos, sin = self.rotary(batch.positions, batch.rope_lengths, torch.float32)
-            taps = self._tap_layers if with_features else None
-            # A LoRA on the output layer is added in Python, after the pass.
-            inside = () if any(segment.adapter.changes_head for segment in lora_segments) else wanted
-            done = self._kernel.run(
-                hidden, batch, cos, sin, cache, lora_segments, taps, inside, with_logits=not only_best
+        if taps is not None and (len(taps) != 3 or min(taps) < 0 or max(taps) >= self.config.num_layers):
+            raise ValueError(
+                f"taps is {taps}; three layers between 0 and {self.config.num_layers - 1} are needed"
             )
-            if len(inside) == len(wanted):
-                return TargetOutput(done.hidden, done.features, done.logits, done.best)
-            return self._with_logits(TargetOutput(done.hidden, done.features), lora_segments, wanted)
-        self.rotary.reserve(longest, dtype=hidden.dtype, device=hidden.device)
-        cos, sin = self.rotary(batch.positions, batch.rope_lengths, hidden.dtype)
-        # A window that no row outgrows hides nothing, so its layers share the masks of full attention.
-        windows = [w if w is not None and w < longest else None for w in self.config.layer_windows]
-        masks = {window: masks_for(batch, window) for window in set(windows)}
-        features: dict[int, Tensor] = {}
-        for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, cos, sin, cache, index, batch, masks[windows[index]], lora_segments)
-            if with_features and index in self._tap_layers:
-                features[index] = hidden
-        fused = torch.cat([features[index] for index in self._tap_layers], dim=-1) if with_features else None
-        return self._with_logits(TargetOutput(self.norm(hidden), fused), lora_segments, wanted)
+        hidden = self.embed(token_ids, lora_segments)
+        output = self.body.run(self, hidden, batch, cache, lora_segments, taps=taps, wanted=wanted, need=need)
+        if output.answer is not None or not wanted:
+            return output
+        return self._with_logits(output, lora_segments, wanted)
 
     def _with_logits(
         self, output: TargetOutput, lora_segments: Sequence[LoraSegment], wanted: Sequence[int]
@@ -265,19 +281,14 @@ class TargetModel(nn.Module):
             inside = [place for place, token in enumerate(wanted) if part.start <= token < part.end]
             if inside:
                 segments.append(LoraSegment(part.adapter, inside[0], inside[-1] + 1))
-        return replace(output, logits=self.logits(hidden, segments))
+        return replace(output, answer=Logits(self.logits(hidden, segments)))
 
     def logits(self, hidden: Tensor, lora_segments: Sequence[LoraSegment] = ()) -> Tensor:
         """Float32 ``[N, vocab_size]`` from the final ``hidden`` ``[N, hidden_size]``.
 
         ``lora_segments`` count these ``N`` rows, not the tokens of the pass.
         """
-        if self._kernel is not None:
-            logits = self._kernel.logits(hidden)
-        elif self._packed_head is None:
-            logits = functional.linear(hidden, self.head)
-        else:
-            logits = packed_linear(hidden, self._packed_head, self.config.vocab_size)
+        logits = self.body.logits(self, hidden)
         for segment in lora_segments:
             rows, adapter = slice(segment.start, segment.end), segment.adapter
             if adapter.head_weight is not None:
@@ -324,11 +335,6 @@ class FineTune:
         parts = (lora.embedding, lora.embedding_weight, lora.head, lora.head_weight)
         return self.model if all(part is None for part in parts) else lora
 
-    @property
-    def tells_likeliest(self) -> bool:
-        """Whether a pass can give the likeliest tokens without their logits."""
-        return self.model.has_kernel and (self.lora is None or not self.lora.changes_head)
-
     def embed(self, token_ids: Tensor) -> Tensor:
         """This fine-tune's embeddings ``[T, hidden_size]`` of ``token_ids`` ``[T]``."""
         return self.model.embed(token_ids, self.lora_segments(0, token_ids.shape[0]))
@@ -341,57 +347,6 @@ class FineTune:
         if self.lora.head is not None:
             rows = rows + self.lora.head.blocks[0].b[token_ids] @ self.lora.head.a
         return rows
-
-
-def load_fine_tune(path_or_hub_id: str | Path, base: TargetModel, name: str) -> FineTune:
-    """A fine-tune of ``base``: a PEFT LoRA directory, or a full checkpoint of the same sizes and vocabulary.
-
-    Raises:
-        CheckpointError: unreadable or unsafe.
-        UnsupportedModelError: an adapter kind or architecture that is not implemented.
-        MismatchError: made for another base, or a full checkpoint with other sizes or another vocabulary.
-    """
-    path = resolve_directory(path_or_hub_id)
-    _check_vocabulary(path, base)
-    tokenizer = None
-    if base.path is not None and path != base.path:
-        tokenizer = load_own_tokenizer(path, base.path, base.config.vocab_size)
-    if (path / ADAPTER_CONFIG_FILE).exists():
-        lora = LoraAdapter.load(
-            path, base.config, base_fingerprint=base.fingerprint, dtype=base.dtype, device=base.device
-        )
-        return FineTune(name, base, _without_copies(lora, base), tokenizer)
-    config = ModelConfig.from_directory(path)
-    differing = [
-        f"{field} {getattr(config, field)} (base: {getattr(base.config, field)})"
-        for field in _SHARED_SIZES
-        if getattr(config, field) != getattr(base.config, field)
-    ]
-    if differing:
-        raise MismatchError(f"{path} is no fine-tune of this base: {', '.join(differing)}")
-    model = TargetModel.load(path, dtype=base.dtype, device=base.device)
-    model.tap_layers = base.tap_layers
-    return FineTune(name, model, tokenizer=tokenizer)
-
-
-def _check_vocabulary(path: Path, base: TargetModel) -> None:
-    theirs = vocabulary(path)
-    ours = vocabulary(base.path) if theirs is not None and base.path is not None else None
-    if theirs is not None and ours is not None and theirs != ours:
-        raise MismatchError(
-            f"{path / 'tokenizer.json'} has another vocabulary ({len(theirs)} entries) than the base's "
-            f"{base.path} ({len(ours)} entries)"
-        )
-
-
-def _without_copies(lora: LoraAdapter, base: TargetModel) -> LoraAdapter:
-    """PEFT saves the base's embedding and head along with a LoRA on them; copies of the base's are dropped."""
-    embedding, head = lora.embedding_weight, lora.head_weight
-    return replace(
-        lora,
-        embedding_weight=None if embedding is None or torch.equal(embedding, base.embedding) else embedding,
-        head_weight=None if head is None or torch.equal(head, base.head) else head,
-    )
 
 
 def automatic_dtype(device: torch.device | str) -> torch.dtype:
@@ -409,7 +364,7 @@ def automatic_dtype(device: torch.device | str) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def default_tap_layers(num_layers: int) -> tuple[int, int, int]:
+def default_tap_layers(num_layers: int) -> TapLayers:
     """Low, middle and high: ``(2, L // 2, L - 3)``, moved apart where a small model would repeat a layer."""
     high = min(num_layers - 1, max(num_layers - 3, 2))
     low = min(2, max(high - 2, 0))

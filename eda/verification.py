@@ -17,14 +17,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from eda.kernels.verification import can_verify, verify_chains
+from eda.answers import Answer, Logits
 from eda.processors import LogitsContext, TokenHistory, process_logits
 from eda.proposal import Proposal
 from eda.rejection import verify_sampled
-from eda.sampling import add_noise, draw_uniforms
+from eda.sampling import add_noise
 from eda.sampling_params import SamplingParams
-
-__all__ = ["Proposal", "TokenLogprobs", "Verdict", "VerificationRow", "verify"]
+from eda.transfers import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +39,11 @@ class VerificationRow:
     """Output tokens emitted before this step."""
     position: int
     """Absolute position of the next token: the number of tokens known so far."""
+
+    @property
+    def num_lines(self) -> int:
+        """Lines of the target's answer: its root and its nodes."""
+        return 1 if self.proposal is None else 1 + len(self.proposal.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,26 +70,30 @@ class Verdict:
     """``False``: the target's logits are not finite, so nothing is emitted."""
 
 
+Outcome = tuple[list[int], int]
+"""Accepted nodes, and the token that follows them."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AnswerLines:
+    """Where the target's answer to one row stands: its root's line and those of its nodes, in order."""
+
+    answer: Answer
+    """Of the whole pass, one object for all of its rows."""
+    first: int
+
+
 def verify(
-    logits: Tensor | None,
-    rows: Sequence[VerificationRow],
-    generator: torch.Generator,
-    *,
-    block: bool = False,
-    best: Sequence[int] | None = None,
-    in_kernel: bool = False,
+    logits: Tensor, rows: Sequence[VerificationRow], generator: torch.Generator, *, block: bool = False
 ) -> list[Verdict]:
     """Verifies the proposals of a batch.
 
     Args:
         logits: ``[N, V]`` of the target, any floating type. Row ``r`` owns ``1 + n_r`` consecutive lines: its root,
-            then its nodes in order. Never written to. ``None`` when ``best`` says all.
+            then its nodes in order. Never written to.
         rows: one per sequence.
         generator: source of all randomness of rows that are neither greedy nor seeded.
         block: verify sampled chains as a block, which accepts at least as many tokens on average.
-        best: the argmax of each line, where all rows just take the likeliest token of raw logits; -1 where these are
-            not finite.
-        in_kernel: the C++ functions are there, and verify the rows that they cover.
 
     Returns:
         One verdict per row.
@@ -93,50 +101,56 @@ def verify(
     Raises:
         ValueError: the number of lines is not what the rows need, or a penalty is on without a history.
     """
-    *starts, num_lines = accumulate((1 + _num_nodes(row) for row in rows), initial=0)
-    found = len(best or ()) if logits is None else logits.shape[0]
-    if num_lines != found:
-        raise ValueError(f"logits have {found} lines; these {len(rows)} rows need {num_lines}")
-    if logits is None:
-        return _verdicts(rows, dict(enumerate(_walk(best or (), rows))))
-
-    covered = [in_kernel and not block and can_verify(row.sampling, row.proposal) for row in rows]
-    quick = [index for index, is_covered in enumerate(covered) if is_covered]
-    others = [index for index, is_covered in enumerate(covered) if not is_covered]
-    outcomes: dict[int, tuple[list[int], int]] = {}
-    if quick:
-        chosen = [rows[index] for index in quick]
-        num_uniforms = sum(1 + _num_nodes(row) for row in chosen)
-        found_quick = verify_chains(
-            logits.to(torch.float32).contiguous(),
-            [row.sampling for row in chosen],
-            [row.proposal for row in chosen],
-            [starts[index] for index in quick],
-            draw_uniforms(num_uniforms, generator, logits.device),
-        )
-        outcomes.update(zip(quick, found_quick, strict=True))
-    if others:
-        part = _select(logits, _lines(rows, starts, others))
-        found_others = _verify_in_torch(part, [rows[index] for index in others], generator, block=block)
-        outcomes.update(zip(others, found_others, strict=True))
-    verdicts = _verdicts(rows, outcomes)
-    if any(row.sampling.num_logprobs is not None for row in rows):
-        return _with_logprobs(logits, rows, starts, verdicts)
-    return verdicts
+    *starts, num_lines = accumulate((row.num_lines for row in rows), initial=0)
+    if num_lines != logits.shape[0]:
+        raise ValueError(f"logits have {logits.shape[0]} lines; these {len(rows)} rows need {num_lines}")
+    verdicts = verdicts_of(rows, _outcomes(logits, rows, starts, generator, block=block))
+    return with_logprobs(logits, rows, starts, verdicts)
 
 
-def _verify_in_torch(
-    logits: Tensor, rows: Sequence[VerificationRow], generator: torch.Generator, *, block: bool
-) -> list[tuple[list[int], int]]:
-    """Accepted nodes and the next token of each row, of any kind; ``logits`` are those of these rows alone.
+def follow(likeliest: Sequence[int], rows: Sequence[VerificationRow]) -> list[Verdict]:
+    """Verdicts of rows that just take the likeliest token of raw logits, from that token at each of their lines."""
+    return verdicts_of(rows, _walk(likeliest, rows))
 
-    The token is -1 where the logits that it would be chosen by are not finite.
-    """
-    *starts, _ = accumulate((1 + _num_nodes(row) for row in rows), initial=0)
+
+def joined(lines: Sequence[AnswerLines]) -> tuple[Tensor, list[int]]:
+    """The logits of all passes among ``lines`` as one block ``[N, V]``, and the first line of each in it."""
+    blocks: list[Tensor] = []
+    offsets: dict[int, int] = {}
+    end = 0
+    for line in lines:
+        if id(line.answer) not in offsets:
+            assert isinstance(line.answer, Logits)
+            offsets[id(line.answer)] = end
+            blocks.append(line.answer.values)
+            end += line.answer.values.shape[0]
+    block = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+    return block, [offsets[id(line.answer)] + line.first for line in lines]
+
+
+def select_lines(block: Tensor, rows: Sequence[VerificationRow], first_lines: Sequence[int]) -> Tensor:
+    """The lines of ``rows`` in their order; ``block`` itself where these are all of its lines."""
+    wanted = [
+        first + node for row, first in zip(rows, first_lines, strict=True) for node in range(row.num_lines)
+    ]
+    if wanted == list(range(block.shape[0])):
+        return block
+    return block[upload(wanted, block.device)]
+
+
+def _outcomes(
+    logits: Tensor,
+    rows: Sequence[VerificationRow],
+    starts: Sequence[int],
+    generator: torch.Generator,
+    *,
+    block: bool,
+) -> list[Outcome]:
+    """What comes of rows of any kind; the token is -1 where the logits that it would be chosen by are not finite."""
     processed = _process(logits, rows)
     sampled = [index for index, row in enumerate(rows) if row.sampling.is_sampled]
     walked = [index for index, row in enumerate(rows) if not row.sampling.is_sampled]
-    outcomes: dict[int, tuple[list[int], int]] = {}
+    outcomes: dict[int, Outcome] = {}
     if walked:
         part = _select(processed, _lines(rows, starts, walked))
         outcomes.update(zip(walked, _verify_by_argmax(part, [rows[index] for index in walked]), strict=True))
@@ -147,11 +161,10 @@ def _verify_in_torch(
     return [outcomes[index] for index in range(len(rows))]
 
 
-def _verdicts(rows: Sequence[VerificationRow], outcomes: dict[int, tuple[list[int], int]]) -> list[Verdict]:
-    """Verdicts without log-probabilities, from each row's accepted nodes and next token."""
+def verdicts_of(rows: Sequence[VerificationRow], outcomes: Sequence[Outcome]) -> list[Verdict]:
+    """Verdicts without log-probabilities."""
     verdicts = []
-    for index, row in enumerate(rows):
-        nodes, token_id = outcomes[index]
+    for row, (nodes, token_id) in zip(rows, outcomes, strict=True):
         if token_id < 0:
             verdicts.append(Verdict([], [], None, is_finite=False))
             continue
@@ -160,12 +173,8 @@ def _verdicts(rows: Sequence[VerificationRow], outcomes: dict[int, tuple[list[in
     return verdicts
 
 
-def _num_nodes(row: VerificationRow) -> int:
-    return 0 if row.proposal is None else len(row.proposal.token_ids)
-
-
 def _lines(rows: Sequence[VerificationRow], starts: Sequence[int], chosen: Sequence[int]) -> list[int]:
-    return [starts[index] + node for index in chosen for node in range(1 + _num_nodes(rows[index]))]
+    return [starts[index] + node for index in chosen for node in range(rows[index].num_lines)]
 
 
 def _select(tensor: Tensor, lines: Sequence[int]) -> Tensor:
@@ -192,7 +201,7 @@ def _process(logits: Tensor, rows: Sequence[VerificationRow]) -> Tensor:
     return process_logits(logits, contexts)
 
 
-def _verify_by_argmax(scores: Tensor, rows: Sequence[VerificationRow]) -> list[tuple[list[int], int]]:
+def _verify_by_argmax(scores: Tensor, rows: Sequence[VerificationRow]) -> list[Outcome]:
     """Greedy and seeded rows: at each node there is one right token; follow it while the draft has it.
 
     ``scores`` are the processed logits of these rows alone. Returns accepted nodes and the next token of each.
@@ -210,7 +219,7 @@ def _verify_by_argmax(scores: Tensor, rows: Sequence[VerificationRow]) -> list[t
     return _walk(best, rows)
 
 
-def _walk(best: Sequence[int], rows: Sequence[VerificationRow]) -> list[tuple[list[int], int]]:
+def _walk(best: Sequence[int], rows: Sequence[VerificationRow]) -> list[Outcome]:
     """Follows the one right token of each line as long as the draft has it."""
     outcomes = []
     start = 0
@@ -225,14 +234,16 @@ def _walk(best: Sequence[int], rows: Sequence[VerificationRow]) -> list[tuple[li
                 nodes.append(child)
                 last = child
         outcomes.append((nodes, best[start + last]))
-        start += 1 + _num_nodes(row)
+        start += row.num_lines
     return outcomes
 
 
-def _with_logprobs(
+def with_logprobs(
     logits: Tensor, rows: Sequence[VerificationRow], starts: Sequence[int], verdicts: Sequence[Verdict]
 ) -> list[Verdict]:
-    """The verdicts with log-probabilities where the request wants them."""
+    """The verdicts with log-probabilities where the request wants them; ``starts`` are the rows' first lines."""
+    if all(row.sampling.num_logprobs is None for row in rows):
+        return list(verdicts)
     places: list[tuple[int, int]] = []
     width = 0
     for row, start, verdict in zip(rows, starts, verdicts, strict=True):

@@ -16,10 +16,12 @@ import torch
 
 from adapters.loading import ModelLoader
 from adapters.store import AdapterStore
+from eda.backends.loading import load_fine_tune, load_target
 from eda.draft import DraftModel
+from eda.kinds import Chain
 from eda.private import PrivateModule
-from eda.speculative import Speculation, SpeculativeDecoder
-from eda.target import FineTune, TargetModel, load_fine_tune
+from eda.speculative import SpeculativeDecoder
+from eda.target import FineTune
 from eda.training.evaluate import EvaluationConfig, Variant, evaluate
 from eda.training.prompts import ChatFormat, Prompt
 from recipes.text import FINE_TUNE_DOMAINS, eval_rows
@@ -46,12 +48,12 @@ def newest_private_module(
 
 def measure_family(models: Path, data: Path, count: int, max_tokens: int, length: int) -> dict[str, Any]:
     """Measurements by model, way of decoding and temperature, as JSON."""
-    target = TargetModel.load(models / "base")
+    target = load_target(models / "base")
     draft = DraftModel.load(models / "draft", dtype=target.dtype)
     loader = ModelLoader(target, draft)
     store = AdapterStore(models / "adapters")
-    config = EvaluationConfig(max_tokens=max_tokens, speculation=Speculation("chain", length))
-    decoder = SpeculativeDecoder(target, draft, num_slots=config.num_slots, seed=0)
+    config = EvaluationConfig(max_tokens=max_tokens, speculation=Chain(length))
+    decoder = SpeculativeDecoder.for_models(target, draft, num_slots=config.num_slots, seed=0)
     measured: dict[str, Any] = {}
     for name in ("base", *FINE_TUNE_DOMAINS):
         fine_tune = loader.base if name == "base" else load_fine_tune(models / name, target, name)

@@ -9,12 +9,14 @@ from typing import Any, Literal
 import torch
 from rich.table import Table
 
+from eda.answers import Logits
 from eda.attention import AttentionRow, PackedBatch
 from eda.draft import DraftModel
 from eda.generation import GenerationRequest, measure
+from eda.kinds import Chain, Tree
 from eda.private import PrivateModule
 from eda.sampling import SamplingParams
-from eda.speculative import Speculation, SpeculativeDecoder
+from eda.speculative import SpeculativeDecoder
 from eda.target import FineTune, TargetModel
 from server.engine.speculation import TORCH_COSTS, DraftCosts, SpeculationLevel, SpeculationTable
 
@@ -43,16 +45,13 @@ class CalibrationPlan:
     max_length: int = 6
     repeats: int = 3
 
-    def candidates(self, batch_size: int, temperature: float = 0.0) -> list[Speculation]:
+    def candidates(self, batch_size: int, temperature: float = 0.0) -> list[Chain | Tree]:
         """Plain decoding first. Trees for greedy sequences alone."""
-        found = [Speculation("chain", 0)]
-        found += [Speculation("chain", length) for length in range(1, self.max_length + 1)]
-        found += [
-            Speculation("chain", self.max_length, min_probability=probability)
-            for probability in MIN_PROBABILITIES
-        ]
+        found: list[Chain | Tree] = [Chain(0)]
+        found += [Chain(length) for length in range(1, self.max_length + 1)]
+        found += [Chain(self.max_length, min_probability=probability) for probability in MIN_PROBABILITIES]
         if batch_size <= LARGEST_TREE_BATCH and not temperature:
-            found += [Speculation("tree", depth) for depth in range(3, self.max_length + 1)]
+            found += [Tree(depth) for depth in range(3, self.max_length + 1)]
         return found
 
 
@@ -67,6 +66,12 @@ class Measurement:
     mean_acceptance_length: float
     min_probability: float = 0.0
     temperature: float = 0.0
+
+    @property
+    def speculation(self) -> Chain | Tree:
+        """What was measured."""
+        length = self.num_speculative_tokens
+        return Tree(length) if self.mode == "tree" else Chain(length, self.min_probability)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -90,7 +95,7 @@ def calibrate_decoder(
     longest = target.config.max_position_embeddings - plan.max_tokens
     texts = [prompt[:longest] for prompt in prompts]
     room = max(map(len, texts)) + plan.max_tokens + 64
-    decoder = SpeculativeDecoder(target, draft, num_slots=max(plan.batch_sizes) * room)
+    decoder = SpeculativeDecoder.for_models(target, draft, num_slots=max(plan.batch_sizes) * room)
     measurements: list[Measurement] = []
     for batch_size in plan.batch_sizes:
         chosen = [texts[place % len(texts)] for place in range(batch_size)]
@@ -132,15 +137,14 @@ def _measure_all(
                 lengths[place] = throughput.mean_acceptance_length
     found = []
     for speculation, values, length in zip(candidates, rates, lengths, strict=True):
-        mode: Literal["chain", "tree"] = "tree" if speculation.mode == "tree" else "chain"
         found.append(
             Measurement(
                 len(prompts),
-                mode,
-                speculation.num_speculative_tokens,
+                speculation.mode,
+                speculation.depth if isinstance(speculation, Tree) else speculation.length,
                 round(median(values), 3),
                 round(length, 4),
-                speculation.min_probability,
+                0.0 if isinstance(speculation, Tree) else speculation.min_probability,
                 temperature,
             )
         )
@@ -162,8 +166,8 @@ def verification_cost(fine_tune: FineTune, prompt: Sequence[int], num_tokens: in
         batch = PackedBatch(positions, positions, [AttentionRow(0, count, 0, start + count)], positions + 1)
         began = time.perf_counter()
         output = model(ids, batch, cache, fine_tune.lora_segments(0, count), wanted=range(count))
-        assert output.logits is not None
-        float(output.logits[0, 0])  # waits for an accelerator
+        assert isinstance(output.answer, Logits)
+        float(output.answer.values[0, 0])  # waits for an accelerator
         return time.perf_counter() - began
 
     run(0, len(prompt))
@@ -250,17 +254,12 @@ def calibration_view(measurements: list[Measurement], table: SpeculationTable) -
                 if (m.batch_size, m.temperature) == (level.max_batch_size, temperature)
             ]
             chosen = level.speculation(sampled=temperature > 0.0)
-            best = next(
-                m
-                for m in here
-                if (m.mode, m.num_speculative_tokens, m.min_probability)
-                == (chosen.mode, chosen.num_speculative_tokens, chosen.min_probability)
-            )
+            best = next(m for m in here if m.speculation == chosen)
             plain = next(m for m in here if m.num_speculative_tokens == 0)
-            length = chosen.num_speculative_tokens
-            name = f"{chosen.mode} {length}" if length else "none"
-            if chosen.min_probability:
-                name += f", to a probability of {chosen.min_probability:g}"
+            length = best.num_speculative_tokens
+            name = f"{best.mode} {length}" if length else "none"
+            if best.min_probability:
+                name += f", to a probability of {best.min_probability:g}"
             view.add_row(
                 str(level.max_batch_size),
                 f"{temperature:g}",

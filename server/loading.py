@@ -1,5 +1,7 @@
 """Puts a server together: models, registry, engine. What `eda serve` runs at start, in a thread."""
 
+from collections.abc import Iterable
+
 import torch
 
 from adapters.loading import ModelLoader
@@ -7,9 +9,10 @@ from adapters.service import AdapterService
 from adapters.template_renderer import TemplateRenderer
 from adapters.traffic import TrafficRecord
 from adapters.watcher import RegistryWatcher
+from eda.backends.base import BackendName
 from eda.chat_template import ChatTemplateError
-from eda.speculative import Speculation, SpeculativeDecoder
-from eda.static.shapes import ROWS
+from eda.kinds import Speculation
+from eda.speculative import SpeculativeDecoder
 from eda.tokenizer import TextTokenizer
 from eda.tokenizer_files import load_tokenizer
 from server.adaptation import make_adapter_service, make_worker
@@ -46,11 +49,13 @@ def load_runtime(services: Services) -> Runtime:
             of_the_model=own_limit,
             cache_mib=cache.num_bytes // MIB,
         )
-    decoder = SpeculativeDecoder(target, draft, num_slots=cache.num_slots, graphs=settings.cuda_graphs)
+    decoder = SpeculativeDecoder.for_models(
+        target, draft, num_slots=cache.num_slots, graphs=settings.cuda_graphs
+    )
     services.metrics.watch_cache(lambda: decoder.cache.allocator.num_free, cache.num_slots)
-    table = _table(settings, cpu_passes=target.has_kernel)
+    table = _table(settings, decoder.backend.name)
     # Part of loading, so that the server is ready when the usual passes are recorded.
-    num_graphs = decoder.warm_up(_usual_rounds(table, settings.max_running))
+    num_graphs = decoder.warm_up(_usual_rounds(table, decoder.backend.usual_batches, settings.max_running))
     tokenizer = load_tokenizer(paths.target)
     templates = TemplateRenderer()
     _try_template(tokenizer, templates)
@@ -94,6 +99,7 @@ def load_runtime(services: Services) -> Runtime:
         target=str(paths.target),
         draft=str(paths.draft) if paths.draft else None,
         device=str(target.device),
+        backend=decoder.backend.name,
         dtype=str(target.dtype).removeprefix("torch."),
         cache_slots=cache.num_slots,
         cache_mib=cache.num_bytes // MIB,
@@ -155,19 +161,16 @@ def _record_traffic(adapters: AdapterService, sequence: Sequence) -> None:
     )
 
 
-def _usual_rounds(table: SpeculationTable, max_running: int) -> list[tuple[int, Speculation]]:
-    """How each number of sequences that passes are recorded for drafts, by the table."""
-    rounds = []
-    for num_rows in ROWS:
-        if num_rows <= max_running:
-            levels = [level for level in table.levels if num_rows <= level.max_batch_size]
-            rounds.append((num_rows, (levels or table.levels[-1:])[0].speculation()))
-    return rounds
+def _usual_rounds(
+    table: SpeculationTable, batches: Iterable[int], max_running: int
+) -> list[tuple[int, Speculation]]:
+    """How each of these numbers of sequences drafts, by the table."""
+    return [(size, table.level_for(size).speculation()) for size in batches if size <= max_running]
 
 
-def _table(settings: Settings, *, cpu_passes: bool) -> SpeculationTable:
+def _table(settings: Settings, backend: BackendName) -> SpeculationTable:
     if settings.calibration is None:
-        return SpeculationTable.default(cpu_passes=cpu_passes)
+        return SpeculationTable.default(backend)
     try:
         return SpeculationTable.load(settings.calibration)
     except SpeculationTableError as error:

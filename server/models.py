@@ -2,6 +2,7 @@
 
 import torch
 
+from eda.backends.loading import load_target
 from eda.draft import DraftModel
 from eda.target import TargetModel
 from server.model_paths import ModelPaths
@@ -28,7 +29,7 @@ def choose_device(name: str) -> torch.device:
 def load_pair(paths: ModelPaths, device: torch.device, dtype: str) -> tuple[TargetModel, DraftModel | None]:
     """Target and draft in the same type. Raises ``eda.errors.CheckpointError`` and its kinds."""
     wanted = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    target = TargetModel.load(paths.target, dtype=wanted, device=device)
+    target = load_target(paths.target, dtype=wanted, device=device)
     draft = None
     if paths.draft is not None:
         draft = DraftModel.load(paths.draft, dtype=target.dtype, device=device)

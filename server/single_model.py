@@ -12,14 +12,16 @@ import typer
 from adapters.errors import AdapterServiceError
 from adapters.loading import ModelLoader
 from adapters.store import AdapterStore
+from eda.backends.loading import load_fine_tune
 from eda.checkpoint_files import is_gguf
 from eda.draft import DraftModel
 from eda.errors import MismatchError
 from eda.generation import Generation, GenerationRequest
 from eda.generation import generate as generate_batch
+from eda.kinds import Off
 from eda.private import PrivateModule
 from eda.speculative import SpeculativeDecoder
-from eda.target import FineTune, TargetModel, load_fine_tune
+from eda.target import FineTune, TargetModel
 from eda.tokenizer import TextTokenizer
 from eda.tokenizer_files import load_tokenizer
 from server.model_paths import ModelPaths, model_paths
@@ -128,8 +130,8 @@ def run_generation(
 ) -> tuple[Generation, str, float]:
     """The generation, its text, and the seconds that it took, the prompt's computation included."""
     num_slots = len(request.prompt_ids) + request.max_tokens + request.speculation.slots
-    draft = None if request.speculation.mode == "none" else loaded.draft
-    decoder = SpeculativeDecoder(loaded.target, draft, num_slots=num_slots)
+    draft = None if isinstance(request.speculation, Off) else loaded.draft
+    decoder = SpeculativeDecoder.for_models(loaded.target, draft, num_slots=num_slots)
     detokenizer = detokenizer_of(loaded.tokenizer)
     pieces: list[str] = []
 

@@ -1,4 +1,4 @@
-"""What all tests share. Its place also makes ``tests/tiny.py`` importable as ``tiny`` from every test."""
+"""What all tests share."""
 
 from collections.abc import Iterator
 

@@ -30,6 +30,15 @@ if TYPE_CHECKING:
 
 _LARGEST_HIDDEN_SIZE = 8192
 """Rows of this width are normalised on the stack."""
+READ = frozenset(
+    {
+        *("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "tap_layers"),
+        *("draft_vocab_size", "rms_norm_eps"),
+    }
+)
+"""Fields of ``DraftConfig`` that the C++ passes compute by, or that ``supports`` looks at."""
+IRRELEVANT = frozenset({"vocab_size", "max_position_embeddings", "rope_theta", "target_fingerprint"})
+"""All others, as in ``eda/kernels/target.py``: rotary angles are made in Python."""
 
 
 def supports(draft: "DraftModel") -> bool:

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from eda.answers import Answer, Likeliest, Logits, Need
 from eda.attention import PackedBatch
 from eda.config import ModelConfig
 from eda.kernels.library import Layer, LoraLayer, Shape, kernels
@@ -27,6 +28,20 @@ from eda.layers import DecoderLayer
 from eda.lora import LoraAdapter, LoraSegment, LowRank
 
 HEAD_SIZES = (32, 64, 128)
+
+READ = frozenset(
+    {
+        *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"),
+        *("head_dim", "rms_norm_eps", "layer_windows", "qkv_bias", "output_bias", "mlp_bias", "qk_norm"),
+        "max_position_embeddings",
+    }
+)
+"""Fields of ``ModelConfig`` that the C++ passes compute by, or that ``supports`` looks at."""
+IRRELEVANT = frozenset(
+    # Rotary angles and the shared head are made in Python; the others say nothing about the layers.
+    {"architecture", "rope", "tie_word_embeddings", "eos_token_ids", "dtype"}
+)
+"""All other fields. One that is in neither set would be computed as if it were not there; a test compares."""
 
 
 def supports(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
@@ -50,10 +65,8 @@ class KernelOutput:
     """``[T, H]`` after the final norm."""
     features: Tensor | None
     """``[T, 3H]``: the states behind the tapped layers."""
-    logits: Tensor | None
-    """Float32 ``[N, vocab_size]``."""
-    best: list[int]
-    """The likeliest token of each wanted one; the lowest id of equals, -1 where logits are not finite."""
+    answer: Answer | None
+    """On the wanted tokens; -1 for the likeliest where logits are not finite."""
 
 
 class TargetKernel:
@@ -120,11 +133,11 @@ class TargetKernel:
         tap_layers: tuple[int, int, int] | None,
         wanted: Sequence[int] = (),
         *,
-        with_logits: bool = True,
+        need: Need = Need.LOGITS,
     ) -> "KernelOutput":
         """All layers over ``embedded [T, H]``, and the output head for the tokens in ``wanted``.
 
-        ``cos`` and ``sin`` are float32 ``[T, head_dim]``. Without ``with_logits`` only the likeliest tokens come back.
+        ``cos`` and ``sin`` are float32 ``[T, head_dim]``. Where they are enough, only the likeliest tokens come back.
         """
         special = [
             SegmentWeights(segment.start, segment.end, lora=self._lora(segment.adapter).pointer)
@@ -136,7 +149,7 @@ class TargetKernel:
         features = (
             None if tap_layers is None else embedded.new_empty(embedded.shape[0], 3 * embedded.shape[1])
         )
-        logits = torch.empty(len(wanted), self._config.vocab_size) if with_logits and wanted else None
+        logits = torch.empty(len(wanted), self._config.vocab_size) if need is Need.LOGITS and wanted else None
         best = (ctypes.c_int64 * len(wanted))()
         self._library.eda_run_target(
             num_threads(),
@@ -156,7 +169,10 @@ class TargetKernel:
             None if logits is None else as_pointer(logits),
             best,
         )
-        return KernelOutput(hidden, features, logits, list(best))
+        answer: Answer | None = None
+        if wanted:
+            answer = Likeliest(list(best)) if logits is None else Logits(logits)
+        return KernelOutput(hidden, features, answer)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 ``[N, vocab_size]`` of ``hidden [N, H]``."""

@@ -6,11 +6,61 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from eda.answers import Logits
+from eda.backends.base import Verifier
 from eda.kernels.library import Sampling, VerifiedRow, kernels
 from eda.kernels.parallel import num_threads
 from eda.kernels.tokens import as_pointer
 from eda.proposal import Proposal
-from eda.sampling_params import SamplingParams
+from eda.sampling import draw_uniforms
+from eda.sampling_params import SamplingDemand, SamplingParams
+from eda.verification import AnswerLines, Verdict, VerificationRow, joined, verdicts_of, with_logprobs
+
+COVERS = SamplingDemand.DRAWS | SamplingDemand.TEMPERATURE | SamplingDemand.CUTS | SamplingDemand.LOGPROBS
+"""Of rows that ``verify_chains`` takes; log-probabilities are added to its verdicts afterwards."""
+
+
+class CpuVerifier:
+    """Verifies drawn chains in C++, and hands on all other rows.
+
+    Args:
+        inner: verifies the others, afterwards.
+        generator: the one of ``inner``. Rows that are verified here draw from it first.
+    """
+
+    def __init__(self, inner: Verifier, generator: torch.Generator) -> None:
+        self.inner = inner
+        self._generator = generator
+
+    def verify(self, rows: Sequence[VerificationRow], lines: Sequence[AnswerLines]) -> list[Verdict]:
+        """See ``Verifier``."""
+        covered = [
+            isinstance(line.answer, Logits) and can_verify(row.sampling, row.proposal)
+            for row, line in zip(rows, lines, strict=True)
+        ]
+        if not any(covered):
+            return self.inner.verify(rows, lines)
+        quick = [index for index, is_covered in enumerate(covered) if is_covered]
+        others = [index for index, is_covered in enumerate(covered) if not is_covered]
+        verdicts = dict(
+            zip(quick, self._verify([rows[i] for i in quick], [lines[i] for i in quick]), strict=True)
+        )
+        if others:
+            found = self.inner.verify([rows[i] for i in others], [lines[i] for i in others])
+            verdicts.update(zip(others, found, strict=True))
+        return [verdicts[index] for index in range(len(rows))]
+
+    def _verify(self, rows: Sequence[VerificationRow], lines: Sequence[AnswerLines]) -> list[Verdict]:
+        block, first_lines = joined(lines)
+        num_uniforms = sum(row.num_lines for row in rows)
+        outcomes = verify_chains(
+            block.to(torch.float32).contiguous(),
+            [row.sampling for row in rows],
+            [row.proposal for row in rows],
+            first_lines,
+            draw_uniforms(num_uniforms, self._generator, block.device),
+        )
+        return with_logprobs(block, rows, first_lines, verdicts_of(rows, outcomes))
 
 
 def sampling_of(params: SamplingParams) -> Sampling:
@@ -22,7 +72,7 @@ def sampling_of(params: SamplingParams) -> Sampling:
 
 def can_verify(params: SamplingParams, proposal: Proposal | None) -> bool:
     """Whether ``verify_chains`` covers a row: drawn from unedited logits, with a drawn chain or none."""
-    if not params.is_sampled or params.edits_logits:
+    if not params.is_sampled or params.demand not in COVERS:
         return False
     return proposal is None or not proposal.token_ids or proposal.draft_probs is not None
 

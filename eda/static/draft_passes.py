@@ -7,11 +7,13 @@ from torch import Tensor
 
 from eda.chains import cut_chains
 from eda.draft import DraftModel
-from eda.kernel_proposals import draws_uncut, has_plain_scores
+from eda.drafting import Proposer, Reading
+from eda.kinds import Chain, Off, Speculation, Tree
 from eda.kv_cache import KVCache
 from eda.proposal import Proposal
 from eda.sampling import draw_uniforms
-from eda.state import SequenceState, Speculation
+from eda.sampling_params import SamplingDemand
+from eda.state import SequenceState
 from eda.static.draft_functions import (
     ChainBuffers,
     DraftOwners,
@@ -27,21 +29,28 @@ from eda.target import FineTune
 from eda.transfers import read, upload
 from eda.tree import best_nodes
 
+# Log-probabilities are the target's: no draft has anything to do with them.
+CHAINS_COVER = SamplingDemand.DRAWS | SamplingDemand.TEMPERATURE | SamplingDemand.LOGPROBS
+"""Of rows whose chains are recorded."""
+TREES_COVER = CHAINS_COVER | SamplingDemand.CUTS
+"""Of rows whose trees are recorded. They grow by the draft's probabilities before temperature and cuts."""
 _ROW_INPUTS = ("starts", "lengths", "steps", "scratch")
 
 
-class DraftPasses:
+class RecordedProposer:
     """Extensions, chains and trees as recordings, for rows that share output layer and private module.
 
-    Every method returns ``None``, having computed nothing, where there is no recording for what it is given.
+    What there is no recording for is handed on.
 
     Args:
+        inner: does what is not recorded.
         scratch: the first of ``MAX_TOKENS`` cache slots that belong to no sequence.
         head_rows: gives a fine-tune's output rows of the draft vocabulary.
     """
 
     def __init__(
         self,
+        inner: Proposer,
         draft: DraftModel,
         cache: KVCache,
         scratch: int,
@@ -49,6 +58,7 @@ class DraftPasses:
         generator: torch.Generator,
         head_rows: Callable[[FineTune], Tensor],
     ) -> None:
+        self.inner = inner
         self._draft = draft
         self._cache = cache
         self._scratch = scratch
@@ -64,27 +74,18 @@ class DraftPasses:
 
     # extension
 
-    def extend(
-        self,
-        states: Sequence[SequenceState],
-        features: Tensor,
-        lengths: Sequence[int],
-        tokens: Sequence[int],
-    ) -> Tensor | None:
-        """``Proposer.extend`` of ``lengths[b]`` features of each row, of which ``draft_length`` knows nothing yet.
+    def extend(self, reading: Reading) -> Tensor:
+        """See ``Proposer``; in memory of its own."""
+        hidden = self._replay_extension(reading)
+        return self.inner.extend(reading) if hidden is None else hidden
 
-        Args:
-            features: ``[sum(lengths), 3H]``.
-            tokens: the ids behind them.
-
-        Returns:
-            Each row's last output ``[B, H]``, in memory of its own.
-        """
+    def _replay_extension(self, reading: Reading) -> Tensor | None:
+        states, features, lengths = reading.states, reading.features, reading.lengths
         owners, count = _owners(states), round_up(len(states), ROWS)
         width = round_up(max(lengths), EXTENSIONS)
         if owners is None or count is None or width is None or count * width > MAX_TOKENS:
             return None
-        longest = max(state.draft_length + length for state, length in zip(states, lengths, strict=True))
+        longest = max(known + length for known, length in zip(reading.known, lengths, strict=True))
         keys = num_keys(longest, count)
         if keys is None:
             return None
@@ -92,7 +93,7 @@ class DraftPasses:
         if not self._graphs.wants(key):
             return None
         buffer, inputs = self._extension_buffers(features.shape[1], features.dtype, count, width)
-        self._load_extension(inputs, states, lengths, tokens, count, width)
+        self._load_extension(inputs, reading, count, width)
         places = inputs["places"].narrow(0, 0, features.shape[0])
         buffer.index_copy_(0, places, features.to(buffer.dtype))
         if not self._graphs.run(key, self._extension_maker(owners, count, width, keys)):
@@ -126,21 +127,25 @@ class DraftPasses:
     def _load_extension(
         self,
         inputs: Inputs,
-        states: Sequence[SequenceState],
-        lengths: Sequence[int],
-        tokens: Sequence[int],
+        reading: Reading | None,
         count: int,
         width: int,
     ) -> None:
+        """``None`` fills the inputs with padding alone."""
         names = ("tokens", "positions", "slots", "places", "starts", "contexts", "lengths", "last")
         values: dict[str, list[int]] = {name: [] for name in names}
+        rows = (
+            [] if reading is None else list(zip(reading.states, reading.lengths, reading.known, strict=True))
+        )
+        tokens = [] if reading is None else reading.tokens
         taken = 0
         for place in range(count):
             first = place * width
             scratch = self._scratch + first
-            size = lengths[place] if place < len(states) else 0
-            known = states[place].draft_length if size else 0
-            start = states[place].slot_start if size else scratch
+            size, known, start = 0, 0, scratch
+            if place < len(rows):
+                state, size, known = rows[place]
+                start = state.slot_start
             values["tokens"] += [*tokens[taken : taken + size], *([0] * (width - size))]
             values["positions"] += [*range(known, known + size), *([0] * (width - size))]
             values["slots"] += range(start + known, start + known + size)
@@ -155,15 +160,21 @@ class DraftPasses:
 
     # chains
 
-    def chains(
+    def propose_chains(
+        self, states: Sequence[SequenceState], hidden: Tensor, lengths: Sequence[int]
+    ) -> list[Proposal]:
+        """See ``Proposer``. Recorded chains are drafted to their full length and cut afterwards."""
+        chains = self._replay_chains(states, hidden, lengths)
+        return self.inner.propose_chains(states, hidden, lengths) if chains is None else chains
+
+    def _replay_chains(
         self, states: Sequence[SequenceState], hidden: Tensor, lengths: Sequence[int]
     ) -> list[Proposal] | None:
-        """``Proposer.propose_chains``. Chains are drafted to their full length and cut afterwards."""
         owners, count = _owners(states), round_up(len(states), ROWS)
         num_steps = round_up(max(lengths), CHAINS)
         if owners is None or count is None or num_steps is None:
             return None
-        if not all(draws_uncut(state) for state in states):
+        if not all(state.sampling.demand in CHAINS_COVER for state in states):
             return None
         longest = max(state.draft_length + length for state, length in zip(states, lengths, strict=True))
         keys = num_keys(longest, count)
@@ -233,20 +244,22 @@ class DraftPasses:
 
     # trees
 
-    def trees(
-        self,
-        states: Sequence[SequenceState],
-        hidden: Tensor,
-        *,
-        top_k: int,
-        depth: int,
-        num_nodes: int,
+    def propose_trees(
+        self, states: Sequence[SequenceState], hidden: Tensor, *, top_k: int, depth: int, num_nodes: int
+    ) -> list[Proposal]:
+        """See ``Proposer``."""
+        trees = self._replay_trees(states, hidden, top_k, depth, num_nodes)
+        if trees is None:
+            return self.inner.propose_trees(states, hidden, top_k=top_k, depth=depth, num_nodes=num_nodes)
+        return trees
+
+    def _replay_trees(
+        self, states: Sequence[SequenceState], hidden: Tensor, top_k: int, depth: int, num_nodes: int
     ) -> list[Proposal] | None:
-        """``Proposer.propose_trees``."""
         owners, count = _owners(states), round_up(len(states), ROWS)
         if owners is None or count is None or count * top_k > MAX_TOKENS:
             return None
-        if not all(has_plain_scores(state) for state in states):
+        if not all(state.sampling.demand in TREES_COVER for state in states):
             return None
         keys = num_keys(max(state.draft_length for state in states) + top_k * depth, count)
         if keys is None:
@@ -293,8 +306,11 @@ class DraftPasses:
         """Makes the recordings of a round that drafts greedily without a private module, where that is a shape."""
         owners, count = DraftOwners.of(fine_tune, None), round_up(num_rows, ROWS)
         keys_of_row = None if count is None else num_keys(keys, count)
-        depth, references = speculation.num_speculative_tokens, owners.references()
-        if count is None or keys_of_row is None or speculation.mode == "none" or depth == 0:
+        references = owners.references()
+        if isinstance(speculation, Off) or count is None or keys_of_row is None:
+            return
+        depth = speculation.length if isinstance(speculation, Chain) else speculation.depth
+        if depth == 0:
             return
         width = round_up(depth + 1, EXTENSIONS)
         if width is not None and count * width <= MAX_TOKENS:
@@ -302,18 +318,18 @@ class DraftPasses:
             if self._graphs.lacks(key):
                 num_features = self._draft.config.num_features
                 _, inputs = self._extension_buffers(num_features, fine_tune.model.dtype, count, width)
-                self._load_extension(inputs, (), (), (), count, width)
+                self._load_extension(inputs, None, count, width)
                 self._graphs.run(key, self._extension_maker(owners, count, width, keys_of_row))
         num_steps = round_up(depth, CHAINS)
-        if speculation.mode == "chain" and num_steps is not None:
+        if isinstance(speculation, Chain) and num_steps is not None:
             key = self._graphs.key("draft chain", (count, num_steps, keys_of_row, False), references)
             if self._graphs.lacks(key):
                 chain = self._chain_buffers(count, num_steps)
                 chain.inputs.load(self._row_values((), (), count, slots_per_row=1))
                 self._graphs.run(key, self._chain_maker(owners, chain, keys_of_row, draws=False))
-        top_k, num_nodes = speculation.tree_top_k, speculation.tree_num_nodes
-        if speculation.mode == "tree" and count * top_k <= MAX_TOKENS:
-            shape = (count, top_k, depth, num_nodes)
+        if isinstance(speculation, Tree) and count * speculation.top_k <= MAX_TOKENS:
+            top_k = speculation.top_k
+            shape = (count, top_k, depth, speculation.num_nodes)
             key = self._graphs.key("draft tree", (*shape, keys_of_row), references)
             if self._graphs.lacks(key):
                 tree = self._tree_buffers(*shape)

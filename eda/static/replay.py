@@ -30,7 +30,7 @@ Recordable = tuple[Callable[[], None], Sequence[Tensor]]
 """A function over buffers, and the buffers that hold its results."""
 
 
-class Backend(Protocol):
+class Recorder(Protocol):
     """Makes recordings."""
 
     def capture(self, function: Callable[[], None], outputs: Sequence[Tensor]) -> Replay:
@@ -129,7 +129,7 @@ class GraphCache:
         capture_after: how often a key is asked for before it is recorded.
     """
 
-    backend: Backend
+    backend: Recorder
     max_graphs: int = MAX_GRAPHS
     capture_after: int = CAPTURE_AFTER
     stats: GraphStats = field(default_factory=GraphStats)

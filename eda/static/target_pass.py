@@ -7,28 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eda.answers import Logits
 from eda.attention import static_batch
+from eda.backends.base import PassOutput, PassPlan, TargetRunner
 from eda.kv_cache import KVCache
 from eda.lora import LoraAdapter, LoraSegment
+from eda.packing import PassRow
 from eda.static.replay import GraphCache, GraphKey, Recordable
 from eda.static.shapes import MAX_TOKENS, QUERIES, ROWS, Inputs, num_keys, round_up
-from eda.target import TargetModel, TargetOutput
-
-
-@dataclass(frozen=True, slots=True)
-class TargetRow:
-    """One sequence's new tokens in a pass; all lists have one entry per token."""
-
-    tokens: Sequence[int]
-    positions: Sequence[int]
-    rope_lengths: Sequence[int]
-    cache_start: int
-    context: int
-    """Cached keys before the new tokens, which go to the slots behind them."""
-    seen: Sequence[Sequence[int]] | None
-    """``[n][n]``: 1 where a token sees another of the new ones, else 0; ``None`` is causal."""
-    first_wanted: int
-    """Logits are wanted from this token on (``n``: of none)."""
+from eda.target import TapLayers, TargetModel
 
 
 @dataclass(slots=True, eq=False)
@@ -40,20 +27,24 @@ class _Buffers:
     features: Tensor
 
 
-class TargetPasses:
-    """Runs target passes as recordings where there is one for their shape.
+class RecordedTarget:
+    """Runs target passes as recordings where there is one for their shape, and hands on all others.
 
     Args:
+        inner: runs the others.
         cache: the target's.
         scratch: the first of ``MAX_TOKENS`` cache slots that belong to no sequence.
-        with_features: whether anybody reads the tapped layers.
+        taps: the layers whose outputs the draft reads; ``None`` where nobody reads any.
     """
 
-    def __init__(self, cache: KVCache, scratch: int, graphs: GraphCache, *, with_features: bool) -> None:
+    def __init__(
+        self, inner: TargetRunner, cache: KVCache, scratch: int, graphs: GraphCache, *, taps: TapLayers | None
+    ) -> None:
+        self.inner = inner
         self._cache = cache
         self._scratch = scratch
         self._graphs = graphs
-        self._with_features = with_features
+        self._taps = taps
         self._buffers: dict[tuple[int, int], _Buffers] = {}
         # Of all shapes: only one pass runs at a time, and what it gives is copied.
         self._outputs: tuple[Tensor, Tensor] | None = None
@@ -63,18 +54,18 @@ class TargetPasses:
         """Whether there are recordings for so many rows of at most ``longest`` tokens."""
         return _shape(num_rows, longest) is not None
 
-    def run(
-        self, model: TargetModel, lora: LoraAdapter | None, rows: Sequence[TargetRow]
-    ) -> TargetOutput | None:
-        """One pass; ``None`` where there is no recording for it, and nothing has been computed then.
+    def run(self, model: TargetModel, rows: Sequence[PassRow], plan: PassPlan) -> PassOutput:
+        """See ``TargetRunner``."""
+        return self.replay(model, rows, plan) or self.inner.run(model, rows, plan)
 
-        Args:
-            lora: that all rows use.
+    def replay(self, model: TargetModel, rows: Sequence[PassRow], plan: PassPlan) -> PassOutput | None:
+        """The pass from a recording; ``None`` where there is none for it, and nothing has been computed then.
 
-        Returns:
-            The outputs of the rows' tokens in their order, in memory of their own: logits of the wanted ones, features
-            of all. ``hidden`` is empty.
+        What it gives is in memory of its own: logits of the wanted tokens, features of all.
         """
+        lora = rows[0].lora
+        if any(row.lora is not lora for row in rows) or plan.taps not in (None, self._taps):
+            return None
         shape = _shape(len(rows), max(len(row.tokens) for row in rows))
         if shape is None:
             return None
@@ -92,9 +83,8 @@ class TargetPasses:
 
         chosen = buffers.inputs["lines"].narrow(0, 0, lines)
         of_all = buffers.inputs["kept"].narrow(0, 0, kept)
-        features = buffers.features.index_select(0, of_all) if self._with_features else None
-        logits = buffers.logits.index_select(0, chosen)
-        return TargetOutput(logits.new_empty(0, model.config.hidden_size), features, logits)
+        features = buffers.features.index_select(0, of_all) if self._taps is not None else None
+        return PassOutput(features, Logits(buffers.logits.index_select(0, chosen)) if lines else None)
 
     def prepare(
         self, model: TargetModel, lora: LoraAdapter | None, num_rows: int, width: int, keys: int
@@ -113,14 +103,14 @@ class TargetPasses:
     def _key(
         self, model: TargetModel, lora: LoraAdapter | None, count: int, width: int, keys: int
     ) -> GraphKey:
-        return self._graphs.key("target pass", (count, width, keys, model.tap_layers), (model, lora))
+        return self._graphs.key("target pass", (count, width, keys, self._taps), (model, lora))
 
     def _maker(
         self, model: TargetModel, lora: LoraAdapter | None, buffers: _Buffers, keys: int
     ) -> Callable[[], Recordable]:
         def make() -> Recordable:
             function = target_function(
-                model, lora, self._cache, buffers.inputs, buffers.logits, buffers.features, keys
+                model, lora, self._cache, buffers.inputs, buffers.logits, buffers.features, keys, self._taps
             )
             return function, (buffers.logits, buffers.features)
 
@@ -147,7 +137,7 @@ class TargetPasses:
                 device,
             )
             if self._outputs is None:
-                num_features = 3 * config.hidden_size if self._with_features else 0
+                num_features = 3 * config.hidden_size if self._taps is not None else 0
                 self._outputs = (
                     torch.zeros(MAX_TOKENS, config.vocab_size, dtype=torch.float32, device=device),
                     torch.zeros(MAX_TOKENS, num_features, dtype=model.dtype, device=device),
@@ -156,7 +146,7 @@ class TargetPasses:
             buffers = self._buffers[count, width] = _Buffers(inputs, logits, features)
         return buffers
 
-    def _load(self, inputs: Inputs, rows: Sequence[TargetRow], count: int, width: int) -> tuple[int, int]:
+    def _load(self, inputs: Inputs, rows: Sequence[PassRow], count: int, width: int) -> tuple[int, int]:
         """Fills the inputs. Returns the numbers of wanted tokens and of all tokens."""
         values: dict[str, list[int]] = {
             name: []
@@ -220,6 +210,7 @@ def target_function(
     logits: Tensor,
     features: Tensor,
     keys: int,
+    taps: TapLayers | None,
 ) -> Callable[[], None]:
     """A target pass over ``inputs`` that leaves its results in ``logits`` and ``features``.
 
@@ -246,9 +237,7 @@ def target_function(
             dtype=target.dtype,
             rope_lengths=inputs["rope_lengths"],
         )
-        output = target(
-            inputs["tokens"], batch, cache, segments, with_features=features.shape[1] > 0, wanted=()
-        )
+        output = target(inputs["tokens"], batch, cache, segments, taps=taps)
         logits.copy_(target.logits(output.hidden, segments))
         if output.features is not None:
             features.copy_(output.features)

@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from eda.generation import Generation, GenerationRequest, Throughput, generate, summarise
+from eda.kinds import Chain, Off, Speculation
 from eda.private import PrivateModule
 from eda.sampling import SamplingParams
-from eda.speculative import Speculation, SpeculativeDecoder
+from eda.speculative import SpeculativeDecoder
 from eda.target import FineTune
 from eda.training.files import provenance, write_json
 from eda.training.progress import (
@@ -43,7 +44,7 @@ class EvaluationConfig:
     max_prompt_tokens: int = 512
     temperatures: tuple[float, ...] = (0.0, 1.0)
     batch_size: int = 1
-    speculation: Speculation = field(default_factory=Speculation)
+    speculation: Speculation = field(default_factory=Chain)
 
     @property
     def num_slots(self) -> int:
@@ -162,7 +163,7 @@ def _decode(
     config: EvaluationConfig,
     temperature: float,
 ) -> list[Generation]:
-    speculation = config.speculation if variant.speculates else Speculation("none")
+    speculation = config.speculation if variant.speculates else Off()
     requests = [
         GenerationRequest(
             ids,

@@ -12,9 +12,10 @@ from typing import Any
 
 from eda.errors import TrainingError
 from eda.generation import Generation, GenerationRequest, generate
+from eda.kinds import Chain, Off
 from eda.private import PrivateModule
 from eda.sampling import SamplingParams
-from eda.speculative import Speculation, SpeculativeDecoder
+from eda.speculative import SpeculativeDecoder
 from eda.target import FineTune
 from eda.training.files import (
     LineWriter,
@@ -171,7 +172,7 @@ def _request(
         seed = int(_uniform(prompt.id, config.seed, "noise") * 2**52)
         sampling = SamplingParams(temperature=config.temperature, top_p=config.top_p, seed=seed)
     length = config.num_speculative_tokens
-    speculation = Speculation("chain", length) if length else Speculation("none")
+    speculation = Chain(length) if length else Off()
     return GenerationRequest(ids, config.max_tokens, eos_ids, sampling, speculation, private)
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from eda.errors import DataError, TrainingError
 from eda.generation import Generation, GenerationRequest, generate
 from eda.json_files import parse_json
+from eda.kinds import Off
 from eda.sampling import SamplingParams
-from eda.speculative import Speculation, SpeculativeDecoder
+from eda.speculative import SpeculativeDecoder
 from eda.target import FineTune
 from eda.training.files import LineWriter, read_json_if_present, write_json
 from eda.training.progress import (
@@ -104,7 +105,7 @@ def _request(
     sampling = SamplingParams(
         temperature=config.temperature, top_p=config.top_p, seed=config.seed * 1_000_003 + attempt
     )
-    return GenerationRequest(prefix, config.max_tokens, chat.eos_ids, sampling, Speculation("none"))
+    return GenerationRequest(prefix, config.max_tokens, chat.eos_ids, sampling, Off())
 
 
 def _text(generation: Generation, chat: ChatFormat) -> str:

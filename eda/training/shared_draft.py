@@ -11,7 +11,7 @@ from eda.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE
 from eda.draft import DraftConfig, DraftModel
 from eda.errors import TrainingError
 from eda.speculative import SpeculativeDecoder
-from eda.target import FineTune, TargetModel
+from eda.target import FineTune, TargetModel, default_tap_layers
 from eda.training.dataset import Dataset
 from eda.training.files import hash_of_json, provenance
 from eda.training.progress import OnProgress, ShouldStop, ignore_progress, never_stop
@@ -60,7 +60,7 @@ def draft_config_for(
         num_heads=sizes.num_heads,
         num_kv_heads=sizes.num_kv_heads,
         head_dim=sizes.head_dim,
-        tap_layers=target.tap_layers,
+        tap_layers=default_tap_layers(sizes.num_layers),
         vocab_size=sizes.vocab_size,
         draft_vocab_size=draft_vocab_size or min(32_000, (sizes.vocab_size + 1) // 2),
         max_position_embeddings=sizes.max_position_embeddings,
@@ -92,7 +92,7 @@ def train_shared_draft(
         DataError: too few prompts. TrainingError: see ``train``. StageStoppedError: ``should_stop`` said so.
     """
     base = FineTune("base", target)
-    decoder = SpeculativeDecoder(target, num_slots=config.regeneration.num_slots)
+    decoder = SpeculativeDecoder.for_models(target, num_slots=config.regeneration.num_slots)
     training_prompts, held_out_prompts = split_held_out(
         prompts, config.held_out, seed=config.seed, limit=config.num_prompts
     )

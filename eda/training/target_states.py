@@ -48,10 +48,9 @@ def compute_states(
 ) -> list[TargetStates]:
     """States of all ``samples`` from one packed prefill pass. Each sample has at least two answer tokens.
 
-    ``tap_layers`` are the draft's: the features must be those it sees in service, whoever used the model before.
+    ``tap_layers`` are the draft's: the features must be those it sees in service.
     """
     model, device = fine_tune.model, fine_tune.model.device
-    model.tap_layers = tap_layers
     lengths = [sample.length for sample in samples]
     tokens = [token for sample in samples for token in (*sample.prompt_ids, *sample.response_ids)]
     positions = torch.cat([torch.arange(length, device=device) for length in lengths])
@@ -66,6 +65,7 @@ def compute_states(
         batch,
         model.new_cache(start),
         fine_tune.lora_segments(0, start),
+        taps=tap_layers,
     )
     if output.features is None:
         raise RuntimeError("the target returned no features")

@@ -41,8 +41,8 @@ def export(
     from adapters.export import EXPORT_TYPES, ExportType, export_draft
     from adapters.loading import ModelLoader
     from adapters.store import AdapterStore
+    from eda.backends.loading import load_target
     from eda.draft import DraftModel
-    from eda.target import TargetModel
 
     try:
         if dtype not in EXPORT_TYPES:
@@ -55,7 +55,7 @@ def export(
             raise InvalidInputError(f"--store is {store}; there is no such directory")
         stored: ExportType = dtype
         loader = ModelLoader(
-            TargetModel.load(target, dtype=torch.float32), DraftModel.load(draft, dtype=torch.float32)
+            load_target(target, dtype=torch.float32), DraftModel.load(draft, dtype=torch.float32)
         )
         model = loader.base if fine_tune is None else loader.fine_tune(fine_tune, name or fine_tune.name)
         manifest = private = None

@@ -54,8 +54,8 @@ def generate(
     """
     from eda.chat_template import ChatTemplateError
     from eda.generation import GenerationRequest
+    from eda.kinds import Chain, Off, Tree
     from eda.sampling import SamplingParams
-    from eda.speculative import Speculation
     from server.single_model import load_model, prompt_ids, run_generation, used_draft
 
     try:
@@ -65,7 +65,8 @@ def generate(
         )
         loaded = load_model(settings, model, draft)
         sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-        speculation = Speculation(shape, num_speculative_tokens)
+        length = num_speculative_tokens
+        speculation = Tree(length) if shape == "tree" else Chain(length)
         ids = prompt_ids(loaded.tokenizer, prompt, chat)
     except (ConfigurationError, EdaError, ChatTemplateError, ValueError) as error:
         typer.echo(f"eda generate: {error}", err=True)
@@ -85,7 +86,7 @@ def generate(
         min(max_tokens, room),
         eos_ids,
         sampling,
-        Speculation("none") if used == "none" else speculation,
+        Off() if used == "none" else speculation,
         loaded.private if used == "private" else None,
     )
     generation, text, seconds = run_generation(loaded, request, eos_ids, show=not as_json)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from eda.backends.loading import load_target
 from eda.errors import EdaError
 from eda.training.progress import ProgressEvent, StageStoppedError
 from eda.training.prompts import ChatFormat, Prompt, read_prompts, read_texts
@@ -71,7 +72,6 @@ def train_draft(
     """
     import torch
 
-    from eda.target import TargetModel
     from eda.training.regenerate import RegenerationConfig
     from eda.training.shared_draft import SharedDraftConfig, train_shared_draft
     from eda.training.stopwatch import in_words
@@ -102,7 +102,7 @@ def train_draft(
         torch.set_num_threads(num_threads)
     try:
         rows = read_prompts(prompts)
-        model = TargetModel.load(target, device=choose_device(device))
+        model = load_target(target, device=choose_device(device))
         chat = ChatFormat.load(target, eos_ids=model.config.eos_token_ids)
         counted = [text for path in vocabulary_prompts or () for text in _texts_of(read_prompts(path))]
         with progress_bars(quiet) as show, stop_on_interrupt() as should_stop:

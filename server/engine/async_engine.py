@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Self
 
-from eda.speculative import Speculation
+from eda.kinds import Off, Speculation
 from server.engine.engine import Engine, EngineHooks, EngineStoppedError, Output
 from server.engine.scheduler import Decoder, Scheduler, SchedulerLimits
 from server.engine.sequence import DraftMode, Sequence, SequenceDelta, StepStats
@@ -112,7 +112,7 @@ class AsyncEngine:
 
     def speculation_for(self, draft: DraftMode) -> Speculation:
         """What a new sequence must be admitted with, so that any level chosen later has its slots."""
-        return Speculation("none", 0) if draft == "none" else self._policy.largest
+        return Off() if draft == "none" else self._policy.largest
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()

@@ -157,7 +157,4 @@ class Scheduler:
 
 def _num_draft_tokens(state: SequenceState) -> int:
     """Tokens that verifying a full draft of this sequence adds to a pass."""
-    speculation = state.speculation
-    if not state.drafts or speculation.mode == "none" or speculation.num_speculative_tokens == 0:
-        return 0
-    return speculation.tree_num_nodes if speculation.mode == "tree" else speculation.num_speculative_tokens
+    return state.speculation.num_nodes if state.drafts else 0

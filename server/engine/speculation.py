@@ -12,8 +12,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from eda.backends.base import BackendName
 from eda.json_files import read_json
-from eda.speculative import Speculation
+from eda.kinds import Chain, Off, Speculation, Tree
 from server.engine.sequence import SequenceLabels, StepStats
 
 ADAPTERS_TRACKED = 1024
@@ -41,16 +42,12 @@ class SpeculationLevel:
     sampled_min_probability: float = 0.0
     """Joint draft probability below which these chains end."""
 
-    def speculation(self, *, sampled: bool = False) -> Speculation:
+    def speculation(self, *, sampled: bool = False) -> Chain | Tree:
         if sampled and self.sampled_chain is not None:
-            return Speculation("chain", self.sampled_chain, min_probability=self.sampled_min_probability)
-        return Speculation(
-            self.mode,
-            self.num_speculative_tokens,
-            self.tree_top_k,
-            self.tree_num_nodes,
-            self.min_probability,
-        )
+            return Chain(self.sampled_chain, min_probability=self.sampled_min_probability)
+        if self.mode == "tree" and self.num_speculative_tokens:
+            return Tree(self.num_speculative_tokens, self.tree_top_k, self.tree_num_nodes)
+        return Chain(self.num_speculative_tokens, self.min_probability)
 
     def check(self) -> None:
         """Raises ``SpeculationTableError`` for values that make no sense."""
@@ -126,15 +123,15 @@ class SpeculationTable:
             level.check()
 
     @classmethod
-    def default(cls, *, cpu_passes: bool = False) -> Self:
+    def default(cls, backend: BackendName = "torch") -> Self:
         """For machines that nothing was measured on.
 
-        ``cpu_passes``: the target runs on the C++ passes. A draft step costs little there, but every further token
+        On the backend ``cpu``, the C++ passes, a draft step costs little, but every further token
         makes the target's pass longer: so chains that end where the draft is unsure, and none from four sequences on,
         where they were measured to lose (docs/performance.md). At a temperature about half of the draft's tokens are
         accepted, sure or not, so that chains are shorter and how probable a drawn token was says little.
         """
-        if cpu_passes:
+        if backend == "cpu":
             return cls(
                 (
                     SpeculationLevel(
@@ -166,6 +163,10 @@ class SpeculationTable:
                 SpeculationLevel(64, "chain", 1),
             )
         )
+
+    def level_for(self, batch_size: int) -> SpeculationLevel:
+        """The level of so many sequences."""
+        return next((level for level in self.levels if batch_size <= level.max_batch_size), self.levels[-1])
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -269,7 +270,7 @@ class SpeculationPolicy:
         return self._table.levels[self._level]
 
     @property
-    def largest(self) -> Speculation:
+    def largest(self) -> Chain | Tree:
         """The speculation that takes the most cache slots of all levels: what a sequence must be admitted with."""
         return max(
             (level.speculation(sampled=sampled) for level in self._table.levels for sampled in (False, True)),
@@ -310,11 +311,11 @@ class SpeculationPolicy:
 
         ``sampled``: it has a temperature, with or without a seed.
         """
-        if current.mode == "none":
+        if isinstance(current, Off):
             return current
         wanted = self.level.speculation(sampled=sampled)
         measured = self._measured.get((labels, sampled))
-        if measured is None or wanted.num_speculative_tokens == 0:
+        if measured is None or not wanted.num_nodes:
             return wanted
         best = self._worthwhile(measured, wanted)
         if best == wanted:
@@ -322,23 +323,23 @@ class SpeculationPolicy:
         measured.num_avoided += 1
         return wanted if measured.num_avoided % self._probe_every == 0 else best
 
-    def _worthwhile(self, measured: _Measured, wanted: Speculation) -> Speculation:
+    def _worthwhile(self, measured: _Measured, wanted: Chain | Tree) -> Chain | Tree:
         """``wanted``, or what an adapter with this acceptance does better with."""
         costs = self._table.costs
-        if wanted.mode == "tree":
+        if isinstance(wanted, Tree):
             trees = measured.accepted_per_tree
-            cost = costs.of(wanted.num_speculative_tokens, wanted.tree_num_nodes)
+            cost = costs.of(wanted.depth, wanted.num_nodes)
             if trees.count < self._warm_up or trees.value > cost:
                 return wanted
+            chain = Chain(wanted.depth, self.level.min_probability)
+        else:
+            chain = wanted
         accepted, tried = measured.accepted_per_chain, measured.tried_per_chain
-        length = wanted.num_speculative_tokens
+        length = chain.length
         if accepted.count >= self._warm_up:
             # Not the mean of each chain's share: chains that end early would count as much as long ones.
             length = best_chain_length(accepted.value / tried.value, costs, length)
-        return replace(wanted, mode="chain", num_speculative_tokens=length)
+        return replace(chain, length=length)
 
     def _wanted(self, batch_size: int) -> int:
-        for index, level in enumerate(self._table.levels):
-            if batch_size <= level.max_batch_size:
-                return index
-        return len(self._table.levels) - 1
+        return self._table.levels.index(self._table.level_for(batch_size))

@@ -17,7 +17,7 @@ from eda.attention import AttentionRow, PackedBatch
 from eda.draft import DraftModel
 from eda.private import PrivateConfig, PrivateModule, PrivateSegment
 from eda.target import FineTune
-from tests.reference_family import Family, make_family
+from tests.support.reference_family import Family, make_family
 
 LENGTH = 9
 

@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 
 from adapters.loading import ModelLoader
 from adapters.store import AdapterStore
+from eda.backends.loading import load_target
 from eda.draft import DraftModel
+from eda.kinds import Chain
 from eda.sampling_params import SamplingParams
-from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
-from eda.target import TargetModel
+from eda.speculative import ScheduledRow, SequenceState, SpeculativeDecoder
 from eda.tokenizer_files import load_tokenizer
 from server.cli import app
 from server.settings import BUNDLED_MODELS as MODELS
@@ -62,7 +63,7 @@ def prompts() -> list[list[int]]:
 
 def own(with_private: bool) -> dict[str, object]:
     """What greedy chains of this project draft and accept, in vLLM's terms."""
-    base = TargetModel.load(MODELS / "base", dtype=torch.float32)
+    base = load_target(MODELS / "base", dtype=torch.float32)
     loader = ModelLoader(base, DraftModel.load(MODELS / "draft", dtype=torch.float32))
     fine_tune = loader.fine_tune(MODELS / "math", "math")
     private = None
@@ -70,7 +71,7 @@ def own(with_private: bool) -> dict[str, object]:
         store = AdapterStore(MODELS / "adapters")
         version = store.versions("math")[-1]
         private = loader.private_module(store, "math", version, fine_tune.fingerprint)[1]
-    decoder = SpeculativeDecoder(base, loader.draft, num_slots=1024)
+    decoder = SpeculativeDecoder.for_models(base, loader.draft, num_slots=1024)
     tokens, drafts, accepted = [], 0, [0] * NUM_DRAFT_TOKENS
     for prompt in prompts():
         state = SequenceState(
@@ -80,7 +81,7 @@ def own(with_private: bool) -> dict[str, object]:
             fine_tune=fine_tune,
             sampling=SamplingParams(temperature=0.0),
             private=private,
-            speculation=Speculation(mode="chain", num_speculative_tokens=NUM_DRAFT_TOKENS),
+            speculation=Chain(NUM_DRAFT_TOKENS),
         )
         decoder.admit(state)
         while len(state.token_ids) < len(prompt) + NUM_TOKENS:

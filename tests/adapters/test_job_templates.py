@@ -13,7 +13,7 @@ from eda.errors import DataError
 from eda.tokenizer_files import load_tokenizer
 from eda.training.samples import read_samples
 from tests.adapters.test_training_stages import Job
-from tests.server.family import save_family
+from tests.support.family import save_family
 
 OWN = "{% for m in messages %}<|user|>Q {{ m['content'] }}{% endfor %}<|assistant|>"
 SLOW = OWN + "{% if 'fox' in messages[0]['content'] %}{% for a in range(LOOPS) %}{% endfor %}{% endif %}"

@@ -19,9 +19,9 @@ from adapters.spec import AdaptationSpec, DataSpec, TrainingOptions
 from adapters.stage_job import AdaptationDefaults, StageModels
 from adapters.stages import TrainingStages
 from adapters.worker_process import WorkerSettings, run_worker
-from eda.target import TargetModel, load_fine_tune
+from eda.backends.loading import load_fine_tune, load_target
 from tests.adapters.helpers import Service, wait_for, warm_processes
-from tests.server.family import save_family
+from tests.support.family import save_family
 
 OPTIONS = TrainingOptions(
     intermediate_size=8, num_steps=24, learning_rate=0.02, batch_size=2, max_tokens=12, held_out=2, seed=1
@@ -45,7 +45,7 @@ def work(settings: WorkerSettings, loaded: Connection) -> None:
 
 
 def submit(setup: Service, family: Path, name: str) -> str:
-    fine_tune = load_fine_tune(family / "math", TargetModel.load(family / "base"), name)
+    fine_tune = load_fine_tune(family / "math", load_target(family / "base"), name)
     entry = new_entry(name, "posted", "lora", str(family / "math"), fine_tune.fingerprint)
     job_id = new_job_id()
     spec = AdaptationSpec(

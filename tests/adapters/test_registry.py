@@ -19,7 +19,7 @@ from adapters.store import AdapterStore
 from adapters.watcher import RegistryWatcher
 from eda.private import PrivateModule
 from tests.adapters.helpers import wait_for
-from tests.reference_family import Family, make_family
+from tests.support.reference_family import Family, make_family
 
 
 @pytest.fixture(scope="module")

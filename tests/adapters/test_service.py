@@ -36,12 +36,13 @@ from adapters.store import AdapterStore
 from adapters.submission import AdaptationOptions, DataLimits, DataSource, TargetSource
 from adapters.traffic import TrafficRecorder
 from adapters.workspaces import Workspaces
+from eda.backends.loading import load_target
 from eda.draft import DraftModel
 from eda.target import TargetModel
 from tests.adapters.databases import url_of
 from tests.adapters.helpers import warm_processes
 from tests.adapters.test_registry import Setup
-from tests.reference_family import Family, make_family
+from tests.support.reference_family import Family, make_family
 
 SELF = DataSource(self_prompts=4)
 
@@ -380,7 +381,7 @@ def test_a_hub_id_is_never_a_local_directory(
 def churn(data_dir: str, root: str, database_url: str, seed: int, ready: Connection) -> None:
     """A server's life in short: restores everything, then creates, activates and deletes until it is killed."""
     torch.set_num_threads(1)
-    base = TargetModel.load(Path(root) / "base")
+    base = load_target(Path(root) / "base")
     draft = DraftModel.load(Path(root) / "draft")
     service = make_service(Path(data_dir), base, draft, Path(root), database_url)
     service.configure({})

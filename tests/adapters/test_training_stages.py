@@ -17,11 +17,11 @@ from adapters.stages import TrainingStages
 from adapters.store import AdapterStore
 from adapters.submission import AdaptationOptions
 from adapters.traffic import TrafficRecord, TrafficRecorder
+from eda.backends.loading import load_fine_tune, load_target
 from eda.draft import DraftModel
 from eda.errors import DataError, MismatchError
 from eda.fingerprint import fingerprint_directory
-from eda.target import TargetModel, load_fine_tune
-from tests.server.family import save_family
+from tests.support.family import save_family
 
 OPTIONS = TrainingOptions(
     intermediate_size=8, num_steps=4, batch_size=2, max_tokens=8, held_out=2, keep=0.5, seed=1
@@ -41,7 +41,7 @@ class Job:
         self, family: Path, directory: Path, *, model: str = "math", data: DataKind = "prompts"
     ) -> None:
         self.family = family
-        self.base = TargetModel.load(family / "base")
+        self.base = load_target(family / "base")
         self.workspace = directory / "job"
         self.workspace.mkdir(parents=True)
         self.store = AdapterStore(directory / "adapters")

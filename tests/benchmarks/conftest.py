@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_lora, tiny_target
 
 from adapters.manifest import Manifest
 from adapters.store import AdapterStore
+from eda.backends.loading import load_fine_tune, load_target
 from eda.draft import DraftConfig, DraftModel
 from eda.private import PrivateModule
-from eda.target import TargetModel, load_fine_tune
+from tests.support.tiny import tiny_lora, tiny_target
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def family_on_disk(tmp_path_factory: pytest.TempPathFactory) -> FamilyOnDisk:
     tiny_target(models / "base", tokenizer=True, tie_word_embeddings=True)
     for seed, domain in enumerate(("math", "code"), start=1):
         tiny_lora(models / domain, models / "base", seed=seed)
-    base = TargetModel.load(models / "base", dtype=torch.float32)
+    base = load_target(models / "base", dtype=torch.float32)
     config = DraftConfig(
         hidden_size=32,
         intermediate_size=48,

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import FamilyOnDisk
 
 from benchmarks import compare
 from benchmarks.peers import transformers_peer
+from tests.benchmarks.conftest import FamilyOnDisk
 
 
 def run(family: FamilyOnDisk, tmp_path: Path, *extra: str) -> tuple[int, dict]:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_target
 
 from benchmarks.compare import build_peers
 from benchmarks.comparison_report import (
@@ -34,6 +33,7 @@ from benchmarks.peers.interface import (
     require,
 )
 from server.engine.speculation import SpeculationLevel, SpeculationTable
+from tests.support.tiny import tiny_target
 
 PROMPTS = [Prompt("math", [index, 7]) for index in range(8)]
 MODEL = PeerModel(Path("plain"), Path("work"), torch.float32, threads=1, max_length=64)
@@ -179,8 +179,8 @@ def test_a_contestant_that_fails_or_stops_early_is_out_and_the_others_go_on() ->
 def test_drafts_follow_the_table_by_concurrency() -> None:
     levels = SpeculationTable((SpeculationLevel(1, "tree", 5), SpeculationLevel(4, "chain", 3)))
     assert speculation_at(levels, 1).mode == "tree"
-    assert speculation_at(levels, 4).num_speculative_tokens == 3
-    assert speculation_at(levels, 64).num_speculative_tokens == 3
+    assert speculation_at(levels, 4).num_nodes == 3
+    assert speculation_at(levels, 64).num_nodes == 3
 
 
 def test_share_equal_counts_places() -> None:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import edit_json, tiny_target
 
 from benchmarks.peers.gguf_file import gguf_name, interleave_rotary, write_gguf
 from benchmarks.peers.interface import MissingPeerError
+from tests.support.tiny import edit_json, tiny_target
 
 
 def rotate_halves(vector: np.ndarray, angles: np.ndarray) -> np.ndarray:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FamilyOnDisk
 
 from benchmarks import gpu
 from benchmarks.gpu_passes import PassTiming, bytes_read, llama_config, random_target
+from tests.benchmarks.conftest import FamilyOnDisk
 
 
 def test_without_a_gpu_it_says_so(

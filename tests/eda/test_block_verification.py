@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eda import rejection
+from eda.proposal import Proposal
 from eda.rejection import _SampledDraft
 from eda.sampling import SamplingParams
-from eda.verification import Proposal, VerificationRow, verify
+from eda.verification import VerificationRow, verify
 
 
 @dataclass
@@ -76,8 +77,8 @@ def enumerate_outcomes(
             num_accepted += block_probability * probability * length
             row.nodes = list(range(1, length + 1))
             if block:
-                row.weight = rejection._block_weights(row)[length]
-            remainder = rejection._remainders(target_probs, [row])[0].double()
+                row.weight = rejection.block_weights(row)[length]
+            remainder = rejection.remainders(target_probs, [row])[0].double()
             emitted = joint[tokens[:length]]
             following = remainder / remainder.sum()
             for depth in range(length + 1, num_nodes + 1):
@@ -203,10 +204,10 @@ def test_the_longest_accepted_prefix_wins(monkeypatch: pytest.MonkeyPatch) -> No
 
 # --- the enumeration can fail ------------------------------------------------------------------------------------
 
-_weights, _acceptances, _remainders = (
-    rejection._block_weights,
+_weights, _acceptances, remainders = (
+    rejection.block_weights,
     rejection._block_acceptances,
-    rejection._remainders,
+    rejection.remainders,
 )
 
 
@@ -222,7 +223,7 @@ def _unclipped_until_the_end(draft: _SampledDraft) -> list[float]:
 def _unweighted_remainders(target_probs: Tensor, drafts: list[_SampledDraft]) -> Tensor:
     for draft in drafts:
         draft.weight = 1.0
-    return _remainders(target_probs, drafts)
+    return remainders(target_probs, drafts)
 
 
 def _without_residual(target_probs: Tensor, drafts: list[_SampledDraft]) -> Tensor:
@@ -231,9 +232,9 @@ def _without_residual(target_probs: Tensor, drafts: list[_SampledDraft]) -> Tens
 
 BROKEN: list[tuple[str, Callable[..., object]]] = [
     ("_block_acceptances", _weights_as_acceptances),
-    ("_block_weights", _unclipped_until_the_end),
-    ("_remainders", _unweighted_remainders),
-    ("_remainders", _without_residual),
+    ("block_weights", _unclipped_until_the_end),
+    ("remainders", _unweighted_remainders),
+    ("remainders", _without_residual),
 ]
 
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from passes import assert_equal_logits, complete, random_tokens, reference, reference_logits
 from safetensors.torch import load_file, save_file
-from tiny import ARCHITECTURES, edit_json, tiny_target, tiny_tokenizer
 
+from eda.backends.loading import load_fine_tune, load_target
 from eda.checkpoint import Checkpoint, listed, read_header, resolve_directory
 from eda.config import SUPPORTED_ARCHITECTURES, SUPPORTED_ROPE_TYPES, ModelConfig
 from eda.errors import CheckpointError, EdaError, MismatchError, UnsupportedModelError
-from eda.target import TargetModel, load_fine_tune
+from tests.support.passes import assert_equal_logits, complete, random_tokens, reference, reference_logits
+from tests.support.tiny import ARCHITECTURES, edit_json, tiny_target, tiny_tokenizer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -33,7 +33,7 @@ def target(stored: Path, tmp_path: Path) -> Path:
 
 def refused(path: Path, error: type[EdaError], *parts: str) -> None:
     with pytest.raises(error) as raised:
-        TargetModel.load(path)
+        load_target(path)
     for part in parts:
         assert part in str(raised.value)
 
@@ -69,7 +69,7 @@ def test_older_spellings_of_rope_and_dtype_are_read(target: Path) -> None:
     assert (config.rope.type, config.rope.theta, config.rope.parameters["factor"]) == ("linear", 5000.0, 2.0)
     assert config.dtype == torch.bfloat16
     tokens = random_tokens(12, seed=1)
-    found = complete(TargetModel.load(target, dtype=torch.float32), tokens)
+    found = complete(load_target(target, dtype=torch.float32), tokens)
     assert_equal_logits(found, reference_logits(reference(target), tokens))
 
 
@@ -137,7 +137,7 @@ def test_shards_load_like_one_file(stored: Path, tmp_path: Path) -> None:
     sharded = tiny_target(tmp_path, max_shard_size="40KB")
     assert not (sharded / WEIGHTS).exists()
     assert len(list(sharded.glob("*.safetensors"))) > 2
-    whole, parts = (TargetModel.load(path, dtype=torch.float32) for path in (stored, sharded))
+    whole, parts = (load_target(path, dtype=torch.float32) for path in (stored, sharded))
     tokens = random_tokens(10, seed=4)
     assert torch.equal(complete(whole, tokens), complete(parts, tokens))
     assert whole.fingerprint == parts.fingerprint
@@ -181,7 +181,7 @@ def test_missing_unknown_and_misshapen_tensors_are_refused(target: Path) -> None
 def test_stored_rotary_frequencies_are_ignored(target: Path) -> None:
     tensors = load_file(target / WEIGHTS)
     save_file({**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, target / WEIGHTS)
-    TargetModel.load(target)
+    load_target(target)
 
 
 @pytest.mark.parametrize("damage", ["empty", "garbage", "cut off", "huge header"])
@@ -199,14 +199,14 @@ def test_damaged_files_are_refused(target: Path, damage: str) -> None:
 
 def test_a_tied_config_over_two_different_matrices_is_not_tied(target: Path) -> None:
     edit_json(target / "config.json", tie_word_embeddings=True)
-    model = TargetModel.load(target, dtype=torch.float32)
+    model = load_target(target, dtype=torch.float32)
     assert model.head is not model.embedding
     tokens = random_tokens(8, seed=2)
     assert_equal_logits(complete(model, tokens), reference_logits(reference(target), tokens))
     tensors = load_file(target / WEIGHTS)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, target / WEIGHTS)
-    model = TargetModel.load(target, dtype=torch.float32)
+    model = load_target(target, dtype=torch.float32)
     assert model.head is model.embedding
     assert model.config.tie_word_embeddings
 
@@ -243,7 +243,7 @@ def test_only_safe_files_are_taken_from_the_hub(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert TargetModel.load("someone/model").config.num_layers == 4
+    assert load_target("someone/model").config.num_layers == 4
     assert asked["name"] == "someone/model"
     assert set(asked["allow_patterns"]) == {"*.json", "*.safetensors", "*.jinja"}
 
@@ -274,12 +274,10 @@ def test_other_names_never_reach_the_hub(name: str, tmp_path: Path, monkeypatch:
 
 
 def test_a_full_checkpoint_is_a_fine_tune(stored: Path, tmp_path: Path) -> None:
-    base = TargetModel.load(stored, dtype=torch.float32)
-    base.tap_layers = (0, 1, 3)
+    base = load_target(stored, dtype=torch.float32)
     tuned = load_fine_tune(tiny_target(tmp_path, seed=7), base, "tuned")
     assert tuned.lora is None
     assert tuned.model is not base
-    assert tuned.model.tap_layers == (0, 1, 3)
     assert tuned.fingerprint == tuned.output_key == tuned.model.fingerprint != base.fingerprint
     tokens = random_tokens(9, seed=3)
     assert_equal_logits(complete(tuned.model, tokens), reference_logits(reference(tmp_path), tokens))
@@ -302,14 +300,14 @@ def test_a_full_checkpoint_of_another_model_is_refused(
 ) -> None:
     other = tiny_target(tmp_path, architecture, **changes)
     with pytest.raises(MismatchError) as raised:
-        load_fine_tune(other, TargetModel.load(stored), "other")
+        load_fine_tune(other, load_target(stored), "other")
     assert part in str(raised.value)
 
 
 def test_a_full_checkpoint_with_another_tokenizer_is_refused(target: Path, tmp_path: Path) -> None:
     tiny_tokenizer(target)
     other = shutil.copytree(target, tmp_path / "other")
-    base = TargetModel.load(target)
+    base = load_target(target)
     load_fine_tune(other, base, "same")
     content = (other / "tokenizer.json").read_text(encoding="utf-8").replace('"B":', '"BB":')
     (other / "tokenizer.json").write_text(content, encoding="utf-8")

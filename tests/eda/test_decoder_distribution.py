@@ -9,14 +9,15 @@ from collections import Counter
 
 import pytest
 import torch
-from reference_family import Family, make_family
 from scipy.stats import chisquare
 
 from eda.generation import GenerationRequest, generate
+from eda.kinds import Chain, Speculation, Tree
 from eda.private import PrivateModule
-from eda.proposer import Proposer
+from eda.proposer import EagerProposer
 from eda.sampling import SamplingParams
-from eda.speculative import Speculation, SpeculativeDecoder
+from eda.speculative import SpeculativeDecoder
+from tests.support.reference_family import Family, make_family
 
 NUM_ALLOWED = 4
 BIAS = 100.0
@@ -53,7 +54,9 @@ def draws(
     family: Family, model: str, speculation: Speculation, *, block: bool = False
 ) -> tuple[Counter[tuple[int, ...]], float]:
     """Counts of emitted triples, and the share of decoding passes that accepted a draft token."""
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=4096, seed=1, block_verification=block)
+    decoder = SpeculativeDecoder.for_models(
+        family.base, family.draft, num_slots=4096, seed=1, block_verification=block
+    )
     module = PrivateModule(family.draft.config.private_config(24, 3)).requires_grad_(False)
     for parameter in module.parameters():
         parameter.data.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(2))
@@ -83,9 +86,9 @@ def significance(counts: Counter[tuple[int, ...]], exact: dict[tuple[int, ...], 
 @pytest.mark.parametrize(
     ("speculation", "block"),
     [
-        (Speculation("chain", num_speculative_tokens=3), False),
-        (Speculation("chain", num_speculative_tokens=3), True),
-        (Speculation("tree", num_speculative_tokens=3, tree_top_k=3, tree_num_nodes=9), False),
+        (Chain(3), False),
+        (Chain(3), True),
+        (Tree(3, top_k=3, num_nodes=9), False),
     ],
     ids=["chain", "block", "tree"],
 )
@@ -100,17 +103,17 @@ def test_the_check_fails_when_drafts_are_accepted_unseen(
     family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A test of the test: a draft that misstates its probabilities, so that all it proposes passes, is caught."""
-    original = Proposer.propose_chains
+    original = EagerProposer.propose_chains
 
-    def overconfident(self: Proposer, *arguments: object) -> object:
+    def overconfident(self: EagerProposer, *arguments: object) -> object:
         proposals = original(self, *arguments)  # type: ignore[arg-type]
         for proposal in proposals:
             if proposal.draft_probs is not None:
                 proposal.draft_probs.mul_(0.0).add_(1e-9)
         return proposals
 
-    monkeypatch.setattr(Proposer, "propose_chains", overconfident)
-    counts, _ = draws(family, "code", Speculation("chain", num_speculative_tokens=3))
+    monkeypatch.setattr(EagerProposer, "propose_chains", overconfident)
+    counts, _ = draws(family, "code", Chain(3))
     assert significance(counts, exact_probabilities(family, "code")) < 1e-4
 
 
@@ -122,11 +125,11 @@ def test_a_tree_at_temperature_1_with_top_k_1_is_accepted_as_a_greedy_one(
     logit_bias = dict.fromkeys(allowed_tokens(family), bias) if bias else {}
     greedy = SamplingParams(temperature=0.0, logit_bias=logit_bias)
     nearly = SamplingParams(temperature=1.0, top_k=1, logit_bias=logit_bias, seed=seed)
-    tree = Speculation("tree", num_speculative_tokens=4, tree_top_k=3, tree_num_nodes=8)
+    tree = Tree(4, top_k=3, num_nodes=8)
     prompts = [[5, 17, start] for start in range(40)]
 
     def run(sampling: SamplingParams) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        decoder = SpeculativeDecoder(family.base, family.draft, num_slots=4096, seed=1)
+        decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=4096, seed=1)
         requests = [GenerationRequest(ids, 12, sampling=sampling, speculation=tree) for ids in prompts]
         generations = generate(decoder, family.fine_tunes["code"], requests, max_batch=8)
         return [(generation.token_ids, generation.steps) for generation in generations]

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference_family import Family, make_family
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from eda.attention import AttentionRow, PackedBatch
 from eda.draft import DraftModel
 from eda.errors import CheckpointError, MismatchError
 from eda.private import PrivateConfig, PrivateModule, PrivateSegment, concatenated
+from tests.support.reference_family import Family, make_family
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import edit_json, tiny_lora, tiny_target
 
 from eda.errors import CheckpointError
 from eda.fingerprint import fingerprint_directory
+from tests.support.tiny import edit_json, tiny_lora, tiny_target
 
 WEIGHTS = "model.safetensors"
 

@@ -1,11 +1,12 @@
 """Batch generation without a server: limits, ends, callbacks, and what is given back."""
 
 import pytest
-from reference_family import Family, make_family
 
 from eda.errors import CacheFullError
 from eda.generation import Generation, GenerationRequest, generate, measure, summarise
-from eda.speculative import Speculation, SpeculativeDecoder
+from eda.kinds import Off, Tree
+from eda.speculative import SpeculativeDecoder
+from tests.support.reference_family import Family, make_family
 
 PROMPTS = [[7, 8, 9], [1], [30, 31, 32, 33, 34], [60, 2]]
 
@@ -17,7 +18,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 @pytest.fixture
 def decoder(family: Family) -> SpeculativeDecoder:
-    return SpeculativeDecoder(family.base, family.draft, num_slots=256)
+    return SpeculativeDecoder.for_models(family.base, family.draft, num_slots=256)
 
 
 def test_output_ends_at_the_first_end_token_also_inside_an_accepted_run(
@@ -27,7 +28,7 @@ def test_output_ends_at_the_first_end_token_also_inside_an_accepted_run(
     for prompt, expected in zip(PROMPTS, family.references("math", PROMPTS, 20), strict=True):
         for end in sorted(set(expected))[:4]:
             request = GenerationRequest(
-                prompt, 20, frozenset({end}), speculation=Speculation("tree", 3, 3, 8)
+                prompt, 20, frozenset({end}), speculation=Tree(3, top_k=3, num_nodes=8)
             )
             [generation] = generate(decoder, fine_tune, [request])
             assert generation.token_ids == expected[: expected.index(end) + 1]
@@ -88,7 +89,7 @@ def test_acceptance_length_counts_the_bonus_token() -> None:
 
 
 def test_plain_decoding_has_an_acceptance_length_of_one(family: Family, decoder: SpeculativeDecoder) -> None:
-    requests = [GenerationRequest(prompt, 6, speculation=Speculation("none")) for prompt in PROMPTS]
+    requests = [GenerationRequest(prompt, 6, speculation=Off()) for prompt in PROMPTS]
     generations, throughput = measure(decoder, family.fine_tunes["base"], requests, max_batch=4)
     assert throughput.mean_acceptance_length == 1.0
     assert throughput.num_tokens == 24

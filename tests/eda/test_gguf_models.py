@@ -13,18 +13,18 @@ import torch
 from gguf_files import TYPES, write_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from passes import assert_equal_logits, complete, random_tokens, reference, reference_logits
 from safetensors.torch import load_file, save_file
-from tiny import ARCHITECTURES, tiny_target
 from transformers import AutoModelForCausalLM
 
+from eda.backends.loading import load_target
 from eda.errors import CheckpointError, EdaError, UnsupportedModelError
 from eda.gguf_file.checkpoint import GgufCheckpoint
 from eda.gguf_file.header import GgufHeader
 from eda.model_files import open_model
 from eda.quantised import quantised
-from eda.target import TargetModel
 from eda.tokenizer_files import load_tokenizer
+from tests.support.passes import assert_equal_logits, complete, random_tokens, reference, reference_logits
+from tests.support.tiny import ARCHITECTURES, tiny_target
 
 WIDE = {"intermediate_size": 64}  # whole groups of 32 in every matrix
 TOKENS = random_tokens(24, seed=3)
@@ -41,7 +41,7 @@ def sound(stored: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def logits(path: Path) -> torch.Tensor:
-    return complete(TargetModel.load(path, dtype=torch.float32), TOKENS)
+    return complete(load_target(path, dtype=torch.float32), TOKENS)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -165,9 +165,7 @@ def test_the_header_agrees_with_the_gguf_package(sound: Path) -> None:
 
 def test_the_fingerprint_follows_the_contents(tmp_path: Path, stored: Path, sound: Path) -> None:
     again = write_gguf(stored, tmp_path / "again.gguf", tokens=False)
-    assert (
-        open_model(again).fingerprint == open_model(sound).fingerprint == TargetModel.load(sound).fingerprint
-    )
+    assert open_model(again).fingerprint == open_model(sound).fingerprint == load_target(sound).fingerprint
     others = [
         write_gguf(stored, tmp_path / "q8.gguf", TYPES.Q8_0),
         write_gguf(stored, tmp_path / "theta.gguf", fields={"llama.rope.freq_base": 500.0}),
@@ -217,7 +215,7 @@ def test_a_wrong_field_is_named(tmp_path: Path, stored: Path, field: str, value:
         shared = {"llama.rope.scaling.factor": 2.0} if "scaling" in field else {}
         file = write_gguf(stored, tmp_path / "model.gguf", fields={**shared, field: value})
     with pytest.raises(CheckpointError) as raised:
-        TargetModel.load(file)
+        load_target(file)
     assert str(file) in str(raised.value)
     assert words in str(raised.value)
 
@@ -225,7 +223,7 @@ def test_a_wrong_field_is_named(tmp_path: Path, stored: Path, field: str, value:
 def test_what_is_no_file_or_no_gguf_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     with pytest.raises(CheckpointError, match=r"model\.gguf cannot be read"):
-        TargetModel.load(file)
+        load_target(file)
     for content, words in (
         (b"", "begins with b''"),
         (b"PK\x03\x04 and more", "a GGUF file begins with b'GGUF'"),
@@ -244,7 +242,7 @@ def test_what_is_no_file_or_no_gguf_is_refused(tmp_path: Path) -> None:
     ):
         file.write_bytes(content)
         with pytest.raises(CheckpointError) as raised:
-            TargetModel.load(file)
+            load_target(file)
         assert words in str(raised.value)
 
 
@@ -279,7 +277,7 @@ def test_a_wrong_tensor_is_named(
     file = tmp_path / "model.gguf"
     file.write_bytes(content)
     with pytest.raises(CheckpointError) as raised:
-        TargetModel.load(file)
+        load_target(file)
     assert str(file) in str(raised.value)
     assert words in str(raised.value)
 
@@ -290,7 +288,7 @@ def test_a_file_that_is_cut_off_says_so(tmp_path: Path, sound: Path, share: floa
     content = sound.read_bytes()
     file.write_bytes(content[: int(share * len(content))])
     with pytest.raises(CheckpointError, match="cut off"):
-        TargetModel.load(file)
+        load_target(file)
 
 
 @settings(
@@ -318,7 +316,7 @@ def test_damaged_files_load_or_are_refused(tmp_path: Path, sound: Path, data: st
             content[place:place] = change
     file = tmp_path / "damaged.gguf"
     file.write_bytes(content[: data.draw(st.just(len(content)) | st.integers(0, len(content)))])
-    for read in (lambda: TargetModel.load(file, dtype=torch.float32), lambda: load_tokenizer(file)):
+    for read in (lambda: load_target(file, dtype=torch.float32), lambda: load_tokenizer(file)):
         message = str(file)
         try:
             read()

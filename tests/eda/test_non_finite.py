@@ -5,16 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_target
 from torch import Tensor
 
+from eda.backends.loading import load_target
 from eda.errors import NonFiniteLogitsError
 from eda.generation import GenerationRequest, generate
 from eda.kernels.library import kernels
+from eda.kinds import Off
 from eda.sampling_params import SamplingParams
-from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
-from eda.target import FineTune, TargetModel
+from eda.speculative import ScheduledRow, SequenceState, SpeculativeDecoder
+from eda.target import FineTune
 from eda.verification import Proposal, VerificationRow, verify
+from tests.support.tiny import tiny_target
 
 SAMPLINGS = {
     "greedy": SamplingParams(temperature=0.0),
@@ -79,9 +81,9 @@ def test_a_damaged_model_fails_its_rows_alone(
     directory: Path, dtype: torch.dtype, value: float, name: str
 ) -> None:
     """Damaged after loading, in the C++ passes too; the first chunk of a prompt already holds the bad token."""
-    target, broken = (TargetModel.load(directory, dtype=dtype) for _ in range(2))
+    target, broken = (load_target(directory, dtype=dtype) for _ in range(2))
     broken.embedding.data[7] = value
-    decoder = SpeculativeDecoder(target, num_slots=200, seed=0)
+    decoder = SpeculativeDecoder.for_models(target, num_slots=200, seed=0)
     states = [
         SequenceState([1, 2, token, 3, 4], 20, FineTune(model_name, model), sampling=SAMPLINGS[name])
         for model_name, model, token in (
@@ -108,10 +110,10 @@ def test_a_damaged_model_fails_its_rows_alone(
 
 
 def test_generation_without_a_server_raises(directory: Path) -> None:
-    target = TargetModel.load(directory, dtype=torch.float32)
+    target = load_target(directory, dtype=torch.float32)
     target.embedding.data[7] = math.nan
-    decoder = SpeculativeDecoder(target, num_slots=64)
-    request = GenerationRequest([7], max_tokens=4, speculation=Speculation("none", 0))
+    decoder = SpeculativeDecoder.for_models(target, num_slots=64)
+    request = GenerationRequest([7], max_tokens=4, speculation=Off())
     with pytest.raises(NonFiniteLogitsError, match="not finite"):
         generate(decoder, FineTune("t", target), [request])
     assert decoder.cache.allocator.num_free == 64

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from reference_family import make_family
 from safetensors.torch import load_file, save_file
-from tiny import edit_json, tiny_lora, tiny_target
 
+from eda.backends.loading import load_fine_tune, load_target
 from eda.checkpoint import MAX_WEIGHT
 from eda.config import ModelConfig
 from eda.config_fields import SIZE_LIMITS
@@ -21,7 +20,9 @@ from eda.draft_files import draft_shapes, read_draft_fields
 from eda.errors import CheckpointError, MismatchError
 from eda.preflight import check_draft, check_fine_tune, check_target
 from eda.probe import require_usable
-from eda.target import FineTune, TargetModel, load_fine_tune
+from eda.target import FineTune, TargetModel
+from tests.support.reference_family import make_family
+from tests.support.tiny import edit_json, tiny_lora, tiny_target
 
 WEIGHTS = "model.safetensors"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -201,11 +202,11 @@ def test_checkpoints_with_impossible_values_are_refused(
 
 def test_weights_whose_products_overflow_are_refused(target: Path) -> None:
     """Each value alone could be one; what the model computes from them is nothing."""
-    require_usable(FineTune("sound", TargetModel.load(target)))
+    require_usable(FineTune("sound", load_target(target)))
     weights = {name: weight * 0 + MAX_WEIGHT for name, weight in load_file(target / WEIGHTS).items()}
     save_file(weights, target / WEIGHTS)
     for dtype in (torch.float32, torch.bfloat16):
-        model = TargetModel.load(target, dtype=dtype)
+        model = load_target(target, dtype=dtype)
         with pytest.raises(CheckpointError, match=r"'huge' gives .*too large"):
             require_usable(FineTune("huge", model))
 
@@ -252,7 +253,7 @@ def test_an_adapter_in_place_of_a_base_is_told(stored: Path, tmp_path: Path) -> 
 
 
 def test_names_as_in_memory_and_of_other_tools_are_told(stored: Path, tmp_path: Path) -> None:
-    base = TargetModel.load(stored, dtype=torch.float32)
+    base = load_target(stored, dtype=torch.float32)
     adapter = tiny_lora(tmp_path / "lora", stored, targets=["q_proj"])
     file = adapter / "adapter_model.safetensors"
     saved = load_file(file)
@@ -291,4 +292,4 @@ def test_names_of_files_that_cannot_be_are_refused(target: Path, stored: Path, t
     refused(check_target, target, "lacks xxx")
     adapter = tiny_lora(tmp_path / "lora", stored, targets=["q_proj"])
     edit_json(adapter / "adapter_config.json", base_model_name_or_path="y" * 5000)
-    load_fine_tune(adapter, TargetModel.load(stored, dtype=torch.float32), "a")
+    load_fine_tune(adapter, load_target(stored, dtype=torch.float32), "a")

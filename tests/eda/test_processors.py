@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import reference_logits
 from torch import Tensor
 
 from eda.sampling import LogitsContext, SamplingParams, TokenHistory, process_logits
+from tests.support.sampling_reference import reference_logits
 
 VOCAB_SIZE = 700
 """More than the batch that top-p fetches at first, so that it has to fetch again for a flat distribution."""

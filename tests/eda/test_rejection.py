@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from markov import (
+from torch import Tensor
+
+from eda import rejection
+from eda.proposal import Proposal
+from eda.rejection import _SampledDraft
+from eda.sampling import SamplingParams
+from eda.verification import VerificationRow, verify
+from tests.support.markov import (
     Drafter,
     chain_drafter,
     chi_square_p_value,
@@ -12,12 +19,6 @@ from markov import (
     random_table,
     tree_drafter,
 )
-from torch import Tensor
-
-from eda import rejection
-from eda.rejection import _SampledDraft
-from eda.sampling import SamplingParams
-from eda.verification import Proposal, VerificationRow, verify
 
 VOCAB_SIZE = 5
 TARGET = random_table(VOCAB_SIZE, seed=1)
@@ -148,7 +149,7 @@ def _blocks_as_chained_weights(target_probs: Tensor, drafts: list[_SampledDraft]
         draft.weight = weights[len(draft.nodes)]
 
 
-_remainders = rejection._remainders
+exact_remainders = rejection.remainders
 
 
 def _target_without_residual(target_probs: Tensor, drafts: list[_SampledDraft]) -> Tensor:
@@ -156,7 +157,7 @@ def _target_without_residual(target_probs: Tensor, drafts: list[_SampledDraft]) 
 
 
 def _bonus_from_draft(target_probs: Tensor, drafts: list[_SampledDraft]) -> Tensor:
-    remainders = _remainders(target_probs, drafts)
+    remainders = exact_remainders(target_probs, drafts)
     for row, draft in enumerate(drafts):
         if draft.draft_probs is not None and len(draft.nodes) == len(draft.token_ids):
             remainders[row] = draft.draft_probs[-1]
@@ -166,14 +167,14 @@ def _bonus_from_draft(target_probs: Tensor, drafts: list[_SampledDraft]) -> Tens
 BROKEN = [
     ("chain", "_accept_tokens", _accept_all_tokens, False),
     ("close chain", "_accept_tokens", _accept_without_ratio, False),
-    ("chain", "_remainders", _target_without_residual, False),
-    ("close chain", "_remainders", _bonus_from_draft, False),
-    ("reduced chain", "_remainders", _target_without_residual, False),
+    ("chain", "remainders", _target_without_residual, False),
+    ("close chain", "remainders", _bonus_from_draft, False),
+    ("reduced chain", "remainders", _target_without_residual, False),
     ("tree of likely tokens", "_accept_candidates", _candidates_without_renormalising, False),
-    ("tree of likely tokens", "_remainders", _target_without_residual, False),
+    ("tree of likely tokens", "remainders", _target_without_residual, False),
     ("chain", "_accept_blocks", _blocks_as_chained_weights, True),
-    ("chain", "_remainders", _target_without_residual, True),
-    ("close chain", "_remainders", _bonus_from_draft, True),
+    ("chain", "remainders", _target_without_residual, True),
+    ("close chain", "remainders", _bonus_from_draft, True),
 ]
 
 
@@ -189,13 +190,13 @@ def test_processing_the_draft_but_not_the_bonus_is_noticed(monkeypatch: pytest.M
     """The slip in the reference code of the paper: the bonus token from the raw distribution."""
 
     def raw_bonus(target_probs: Tensor, drafts: list[_SampledDraft]) -> Tensor:
-        remainders = _remainders(target_probs, drafts)
+        remainders = exact_remainders(target_probs, drafts)
         for row, draft in enumerate(drafts):
             if draft.token_ids and len(draft.nodes) == len(draft.token_ids):
                 remainders[row] = TARGET[draft.token_ids[-1]].softmax(-1)
         return remainders
 
-    monkeypatch.setattr(rejection, "_remainders", raw_bonus)
+    monkeypatch.setattr(rejection, "remainders", raw_bonus)
     assert p_value(DRAFTERS["close chain"], TRUNCATED) < 1e-6
 
 

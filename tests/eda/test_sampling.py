@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from markov import chi_square_p_value, random_table
-from reference import reference_logits
 from scipy import stats
 from torch import Tensor
 
@@ -19,6 +17,8 @@ from eda.sampling import (
     gumbel_noise,
     propose_chain_tokens,
 )
+from tests.support.markov import chi_square_p_value, random_table
+from tests.support.sampling_reference import reference_logits
 
 # --- settings ----------------------------------------------------------------------------------------------------
 

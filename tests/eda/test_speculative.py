@@ -12,23 +12,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference_family import Family, make_family
 from torch import Tensor
 
+from eda.backends.eager.draft_layer import TorchDraftLayer
+from eda.backends.eager.drafter import ChainTreeDrafter
+from eda.backends.loading import load_target
 from eda.draft import DraftConfig, DraftModel
+from eda.drafting import Reading
 from eda.errors import MismatchError
 from eda.generation import GenerationRequest, generate
+from eda.kinds import Chain, Off, Speculation, Tree
 from eda.private import PrivateModule
-from eda.proposer import Proposer
+from eda.proposal import Proposal
+from eda.proposer import EagerProposer
 from eda.sampling import SamplingParams
-from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
-from eda.target import FineTune, TargetModel
-from eda.verification import Proposal
+from eda.speculative import ScheduledRow, SequenceState, SpeculativeDecoder
+from eda.target import FineTune
+from tests.support.backends import use_drafter
+from tests.support.reference_family import Family, make_family
 
 GREEDY = SamplingParams(temperature=0.0)
-CHAIN = Speculation("chain", num_speculative_tokens=4)
-TREE = Speculation("tree", num_speculative_tokens=3, tree_top_k=3, tree_num_nodes=8)
-PLAIN = Speculation("none")
+CHAIN = Chain(4)
+TREE = Tree(3, top_k=3, num_nodes=8)
+PLAIN = Off()
 
 
 @pytest.fixture(scope="module")
@@ -78,34 +84,17 @@ def run_mixed(
     prefill_chunk: int = 5,
 ) -> list[list[int]]:
     """Decodes all cases in one changing batch: sequences join when others leave, prompts come in small chunks."""
-    waiting = list(enumerate(cases))
-    running: list[tuple[int, SequenceState]] = []
-    outputs: list[list[int]] = [[] for _ in cases]
-    while waiting or running:
-        while waiting and len(running) < batch_size:
-            place, case = waiting.pop(0)
-            speculation, private = choose(place)
-            state = SequenceState(
-                token_ids=list(case.prompt),
-                max_length=len(case.prompt) + max_tokens,
-                fine_tune=family.fine_tunes[case.model],
-                sampling=GREEDY,
-                private=private,
-                speculation=speculation,
-            )
-            decoder.admit(state)
-            running.append((place, state))
-        rows = [
-            ScheduledRow(state, min(prefill_chunk, state.num_uncomputed) if state.is_prefilling else 1)
-            for _, state in running
-        ]
-        for (place, _), result in zip(running, decoder.step(rows), strict=True):
-            outputs[place] += result.token_ids
-        for place, state in list(running):
-            if len(outputs[place]) >= max_tokens:
-                decoder.release(state)
-                running.remove((place, state))
-    return outputs
+    requests = []
+    for place, case in enumerate(cases):
+        speculation, private = choose(place)
+        fine_tune = family.fine_tunes[case.model]
+        requests.append(
+            GenerationRequest(case.prompt, max_tokens, frozenset(), GREEDY, speculation, private, fine_tune)
+        )
+    generations = generate(
+        decoder, family.fine_tunes["base"], requests, max_batch=batch_size, prefill_chunk=prefill_chunk
+    )
+    return [generation.token_ids for generation in generations]
 
 
 def test_greedy_equals_the_reference_in_mixed_batches_with_any_private_module(family: Family) -> None:
@@ -116,32 +105,30 @@ def test_greedy_equals_the_reference_in_mixed_batches_with_any_private_module(fa
         *(random_private(family.draft, seed) for seed in range(3)),
         random_private(family.draft, 9, rank=0),
     ]
-    modes = [CHAIN, TREE, PLAIN, Speculation("chain", num_speculative_tokens=1)]
+    modes = [CHAIN, TREE, PLAIN, Chain(1)]
     rng = random.Random(2)
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=1024)
+    decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=1024)
     outputs = run_mixed(
         decoder, family, cases, max_tokens, lambda _: (rng.choice(modes), rng.choice(privates))
     )
     for case, output in zip(cases, outputs, strict=True):
-        assert output[:max_tokens] == case.expected, case.model
+        assert output == case.expected, case.model
     assert decoder.cache.allocator.num_free == 1024
 
 
-class OracleProposer(Proposer):
+class OracleProposer(EagerProposer):
     """Proposes the reference's continuation, spoilt at random: chains and trees with the right path inside."""
 
     def __init__(self, draft: DraftModel, num_slots: int, truth: dict[int, list[int]], seed: int) -> None:
-        super().__init__(draft, num_slots, torch.Generator())
+        super().__init__(draft, TorchDraftLayer(draft, draft.new_cache(num_slots)), torch.Generator())
         self.truth = truth
         self.rng = random.Random(seed)
         self.read_features: dict[int, list[Tensor]] = {}
 
-    def extend(
-        self, states: Sequence[SequenceState], chain_lengths: Sequence[int] | None = None
-    ) -> tuple[Tensor, list[Proposal] | None]:
-        for state in states:
-            self.read_features.setdefault(id(state), []).extend(state._pending)
-        return super().extend(states)
+    def extend(self, reading: Reading) -> Tensor:
+        for state, features in zip(reading.states, reading.features.split(reading.lengths), strict=True):
+            self.read_features.setdefault(id(state), []).append(features)
+        return super().extend(reading)
 
     def _continuation(self, state: SequenceState) -> list[int]:
         return self.truth[id(state)][state.num_generated :]
@@ -199,9 +186,10 @@ def test_accepted_runs_of_every_length_leave_cache_and_features_as_a_fresh_pass(
 ) -> None:
     """The text is the reference's, and the features kept for the draft equal those of one prefill over all tokens."""
     max_tokens = 24
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=1024)
+    decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=1024)
     truth: dict[int, list[int]] = {}
-    decoder.proposer = oracle = OracleProposer(family.draft, 1024, truth, seed=3)
+    oracle = OracleProposer(family.draft, 1024, truth, seed=3)
+    use_drafter(decoder, ChainTreeDrafter(oracle, family.draft.config.tap_layers))
     cases = make_cases(family, 18, max_tokens, seed=4)
     accepted_counts: set[int] = set()
     states = []
@@ -224,7 +212,7 @@ def test_accepted_runs_of_every_length_leave_cache_and_features_as_a_fresh_pass(
         active = [state for state in active if len(state.token_ids) < state.max_length]
     for case, state in zip(cases, states, strict=True):
         assert state.token_ids[len(case.prompt) :][:max_tokens] == case.expected
-        seen = torch.cat([*oracle.read_features[id(state)], *state._pending])
+        seen = torch.cat([*oracle.read_features[id(state)], state.take_pending_features()])
         fresh = SequenceState(
             token_ids=list(state.token_ids),
             max_length=len(state.token_ids) + 1,
@@ -235,17 +223,17 @@ def test_accepted_runs_of_every_length_leave_cache_and_features_as_a_fresh_pass(
         decoder.admit(fresh)
         truth[id(fresh)] = []
         decoder.step([ScheduledRow(fresh, fresh.num_uncomputed)])
-        expected = torch.cat(fresh._pending)[: seen.shape[0]]
+        expected = fresh.take_pending_features()[: seen.shape[0]]
         torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-4)
         decoder.release(fresh)
-    assert accepted_counts >= set(range(speculation.num_speculative_tokens + 1))
+    assert accepted_counts >= set(range(speculation.fitting(99, 99) + 1))
 
 
 def test_pausing_and_changing_speculation_between_steps_changes_no_token(family: Family) -> None:
     max_tokens = 40
     [case] = make_cases(family, 1, max_tokens, seed=5)
     rng = random.Random(6)
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=256)
+    decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=256)
     state = SequenceState(
         token_ids=list(case.prompt),
         max_length=len(case.prompt) + max_tokens,
@@ -260,8 +248,8 @@ def test_pausing_and_changing_speculation_between_steps_changes_no_token(family:
             [
                 TREE,
                 CHAIN,
-                Speculation("chain", num_speculative_tokens=0),
-                Speculation("chain", num_speculative_tokens=30),
+                Chain(0),
+                Chain(30),
             ]
         )
         decoder.step([ScheduledRow(state)])
@@ -273,7 +261,7 @@ SEEDED_MODES = {
     "plain": (PLAIN, False),
     "shared": (CHAIN, False),
     "private": (CHAIN, True),
-    "longer": (Speculation("chain", num_speculative_tokens=7), True),
+    "longer": (Chain(7), True),
     "tree": (TREE, True),
 }
 
@@ -293,7 +281,9 @@ def test_a_seeded_request_gives_the_same_text_with_any_draft_and_any_companions(
     model = list(family.fine_tunes)[1]
     texts: dict[str, list[list[int]]] = {}
     for name, (speculation, with_private) in SEEDED_MODES.items():
-        decoder = SpeculativeDecoder(family.base, family.draft, num_slots=1024, seed=rng.randrange(100))
+        decoder = SpeculativeDecoder.for_models(
+            family.base, family.draft, num_slots=1024, seed=rng.randrange(100)
+        )
         private = random_private(family.draft, 1) if with_private else None
         requests = [
             GenerationRequest(prompt, 16, sampling=sampling, speculation=speculation, private=private)
@@ -324,7 +314,7 @@ def test_penalties_bias_and_min_tokens_give_the_same_greedy_text_with_and_withou
     prompts = [[rng.randrange(family.vocab_size) for _ in range(rng.randrange(2, 12))] for _ in range(10)]
     outputs = []
     for speculation in (PLAIN, CHAIN, TREE):
-        decoder = SpeculativeDecoder(family.base, family.draft, num_slots=1024)
+        decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=1024)
         requests = [
             GenerationRequest(
                 prompt, 14, frozenset({stop}), sampling, speculation, random_private(family.draft, 2)
@@ -340,7 +330,7 @@ def test_penalties_bias_and_min_tokens_give_the_same_greedy_text_with_and_withou
 
 def test_logprobs_are_those_of_the_target_with_and_without_drafting(family: Family) -> None:
     prompt = [4, 8, 15, 16, 23, 42]
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=256)
+    decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=256)
     sampling = SamplingParams(temperature=0.0, num_logprobs=3)
     for speculation in (PLAIN, CHAIN, TREE):
         request = GenerationRequest(prompt, 10, sampling=sampling, speculation=speculation)
@@ -357,9 +347,9 @@ def test_logprobs_are_those_of_the_target_with_and_without_drafting(family: Fami
 def test_bfloat16_emits_only_tokens_within_a_stated_gap_of_the_argmax(family: Family) -> None:
     """One token and several use different kernels in bfloat16, so equality is not promised; this bound is."""
     gap = 0.25
-    base = TargetModel.load(family.paths["base"], dtype=torch.bfloat16)
+    base = load_target(family.paths["base"], dtype=torch.bfloat16)
     draft = DraftModel.load(family.paths["draft"], dtype=torch.bfloat16)
-    decoder = SpeculativeDecoder(base, draft, num_slots=512)
+    decoder = SpeculativeDecoder.for_models(base, draft, num_slots=512)
     rng = random.Random(10)
     for speculation in (CHAIN, TREE):
         prompts = [[rng.randrange(family.vocab_size) for _ in range(8)] for _ in range(10)]
@@ -376,7 +366,7 @@ def test_bfloat16_emits_only_tokens_within_a_stated_gap_of_the_argmax(family: Fa
 
 
 def test_a_step_refuses_rows_that_were_not_admitted(family: Family) -> None:
-    decoder = SpeculativeDecoder(family.base, None, num_slots=64)
+    decoder = SpeculativeDecoder.for_models(family.base, None, num_slots=64)
     state = SequenceState([1, 2], 10, family.fine_tunes["base"])
     with pytest.raises(ValueError, match="row 0 schedules 2 tokens"):
         decoder.step([ScheduledRow(state, 2)])
@@ -399,4 +389,4 @@ def test_a_draft_for_another_target_is_refused(family: Family, tmp_path: Path) -
     config: DraftConfig = replace(family.draft.config, target_fingerprint="0" * 64)
     other = DraftModel(config, family.draft.draft_token_ids)
     with pytest.raises(MismatchError, match="was trained for the target 0000"):
-        SpeculativeDecoder(family.base, other)
+        SpeculativeDecoder.for_models(family.base, other)

@@ -8,12 +8,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from passes import Row, assert_equal_logits, complete, random_tokens, reference, reference_logits, run
-from tiny import ARCHITECTURES, tiny_target
 
+from eda.backends.loading import load_target
 from eda.config import RopeConfig
 from eda.rotary import RotaryEmbedding, apply_rotary
 from eda.target import TargetModel, automatic_dtype, default_tap_layers
+from tests.support.passes import (
+    Row,
+    assert_equal_logits,
+    complete,
+    random_tokens,
+    reference,
+    reference_logits,
+    run,
+)
+from tests.support.tiny import ARCHITECTURES, tiny_target
 
 ROPES: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 500.0},
@@ -58,7 +67,7 @@ PLAIN: dict[str, dict[str, Any]] = {
 
 def check_against_transformers(path: Path) -> None:
     """Mixed-length prefill in one pass, then decoding in mixed steps: one token here, several there."""
-    model = TargetModel.load(path, dtype=torch.float32)
+    model = load_target(path, dtype=torch.float32)
     cache = model.new_cache(96)
     cache.allocator.allocate(3)  # sequences do not begin at slot 0
     prompts = [random_tokens(count, seed=count) for count in (19, 1, 11)]
@@ -104,7 +113,7 @@ def test_logits_equal_transformers_with_all_switches(tmp_path: Path, architectur
 def windowed(tmp_path_factory: pytest.TempPathFactory) -> TargetModel:
     """Full and sliding layers in one model."""
     path = tiny_target(tmp_path_factory.mktemp("windowed"), "qwen2", **SPECIAL["qwen2"])
-    return TargetModel.load(path, dtype=torch.float32)
+    return load_target(path, dtype=torch.float32)
 
 
 @settings(max_examples=20, deadline=None)
@@ -132,7 +141,7 @@ def test_any_split_into_passes_gives_the_same_logits(
 
 def test_chunked_prefill_of_dynamic_rope_takes_the_prompts_length(tmp_path: Path) -> None:
     path = tiny_target(tmp_path, rope_parameters=ROPES["dynamic"], max_position_embeddings=16)
-    model = TargetModel.load(path, dtype=torch.float32)
+    model = load_target(path, dtype=torch.float32)
     prompt = random_tokens(40, seed=3)
     cache = model.new_cache(40)
     extent = cache.allocator.allocate(40)
@@ -152,7 +161,7 @@ def test_dynamic_rope_without_lengths_is_refused() -> None:
 def test_a_sequence_longer_than_the_rotary_table(tmp_path: Path) -> None:
     path = tiny_target(tmp_path, max_position_embeddings=16)
     tokens = random_tokens(50, seed=4)
-    found = complete(TargetModel.load(path, dtype=torch.float32), tokens)
+    found = complete(load_target(path, dtype=torch.float32), tokens)
     assert_equal_logits(found, reference_logits(reference(path), tokens))
 
 
@@ -191,14 +200,13 @@ def test_rolling_back_forgets_the_rejected_tokens(windowed: TargetModel) -> None
 
 def test_features_are_the_hidden_states_after_the_tapped_layers(tmp_path: Path) -> None:
     path = tiny_target(tmp_path)
-    model = TargetModel.load(path, dtype=torch.float32)
-    model.tap_layers = (2, 0, 1)
+    model = load_target(path, dtype=torch.float32)
     tokens = random_tokens(9, seed=10)
     cache = model.new_cache(9)
     batch_row = Row(cache.allocator.allocate(9), tokens)
     captured = []
     handle = model.register_forward_hook(lambda module, given, output: captured.append(output.features))
-    run(model, cache, [batch_row])
+    run(model, cache, [batch_row], taps=(2, 0, 1))
     handle.remove()
     with torch.inference_mode():
         states = reference(path)(torch.tensor([tokens]), output_hidden_states=True).hidden_states
@@ -208,7 +216,7 @@ def test_features_are_the_hidden_states_after_the_tapped_layers(tmp_path: Path) 
 
 def test_tap_layers_outside_the_model_are_refused(windowed: TargetModel) -> None:
     with pytest.raises(ValueError, match="three layers between 0 and 3"):
-        windowed.tap_layers = (0, 2, 4)
+        complete(windowed, [1, 2], taps=(0, 2, 4))
 
 
 def test_default_tap_layers_exist_in_order_and_differ() -> None:
@@ -221,7 +229,7 @@ def test_default_tap_layers_exist_in_order_and_differ() -> None:
 
 
 def test_a_model_stores_its_tied_head_once(tmp_path: Path) -> None:
-    model = TargetModel.load(tiny_target(tmp_path, "qwen3", tie_word_embeddings=True))
+    model = load_target(tiny_target(tmp_path, "qwen3", tie_word_embeddings=True))
     assert model.head is model.embedding
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
@@ -229,9 +237,9 @@ def test_a_model_stores_its_tied_head_once(tmp_path: Path) -> None:
 def test_bfloat16_runs_and_stays_near_float32(tmp_path: Path) -> None:
     path = tiny_target(tmp_path)
     tokens = random_tokens(20, seed=11)
-    narrow = complete(TargetModel.load(path, dtype=torch.bfloat16), tokens)
+    narrow = complete(load_target(path, dtype=torch.bfloat16), tokens)
     assert narrow.dtype == torch.float32
-    assert_equal_logits(narrow, complete(TargetModel.load(path, dtype=torch.float32), tokens), 0.1)
+    assert_equal_logits(narrow, complete(load_target(path, dtype=torch.float32), tokens), 0.1)
 
 
 def test_automatic_dtype() -> None:

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import edit_json, tiny_lora, tiny_target, tiny_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
+from eda.backends.loading import load_fine_tune, load_target
 from eda.errors import CheckpointError, MismatchError
-from eda.target import TargetModel, load_fine_tune
+from eda.target import TargetModel
 from eda.tokenizer import TextTokenizer
 from eda.tokenizer_files import load_tokenizer
+from tests.support.tiny import edit_json, tiny_lora, tiny_target, tiny_tokenizer
 
 TEXTS = [
     "Tom's 3 boxes hold 1234567 pens.",
@@ -180,7 +181,7 @@ OWN_TEMPLATE = "{% for m in messages %}<own>{{ m['content'] }}{% endfor %}{{ eos
 def base(tmp_path_factory: pytest.TempPathFactory) -> TargetModel:
     """A vocabulary of 320 rows, of which the tokenizer uses 258."""
     directory = tiny_target(tmp_path_factory.mktemp("base"), tokenizer=True)
-    return TargetModel.load(directory)
+    return load_target(directory)
 
 
 @pytest.fixture(params=["lora", "full"])

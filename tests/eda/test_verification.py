@@ -5,7 +5,19 @@ import random
 
 import pytest
 import torch
-from markov import (
+from torch import Tensor
+
+from eda.proposal import Proposal
+from eda.sampling import (
+    LogitsContext,
+    SamplingParams,
+    TokenHistory,
+    draft_scores,
+    process_logits,
+    propose_chain_tokens,
+)
+from eda.verification import TokenLogprobs, Verdict, VerificationRow, verify
+from tests.support.markov import (
     Drafter,
     chain_drafter,
     chi_square_p_value,
@@ -15,17 +27,6 @@ from markov import (
     random_table,
     tree_drafter,
 )
-from torch import Tensor
-
-from eda.sampling import (
-    LogitsContext,
-    SamplingParams,
-    TokenHistory,
-    draft_scores,
-    process_logits,
-    propose_chain_tokens,
-)
-from eda.verification import Proposal, TokenLogprobs, Verdict, VerificationRow, verify
 
 GREEDY = SamplingParams(temperature=0.0)
 VOCAB_SIZE = 40

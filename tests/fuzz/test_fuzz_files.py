@@ -13,13 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutations import damaged, mutated, written
-from reference_family import make_family
-from tiny import tiny_lora, tiny_target, tiny_tokenizer
 
 from adapters.errors import CorruptVersionError
 from adapters.loading import load_private_module
 from adapters.manifest import MANIFEST_FILE, Manifest
 from adapters.manifest import WEIGHTS_FILE as PRIVATE_FILE
+from eda.backends.loading import load_fine_tune, load_target
 from eda.checkpoint import vocabulary
 from eda.checkpoint_files import read_header
 from eda.draft import DraftModel
@@ -27,11 +26,13 @@ from eda.errors import CheckpointError, DataError, EdaError
 from eda.preflight import check_draft, check_fine_tune, check_target
 from eda.private import PrivateModule
 from eda.probe import require_usable
-from eda.target import FineTune, TargetModel, load_fine_tune
+from eda.target import FineTune, TargetModel
 from eda.training.prompts import ChatFormat, read_prompts, read_texts
 from eda.training.samples import read_samples
 from server.engine.speculation import SpeculationTable, SpeculationTableError
 from server.tokenizer import TextTokenizer
+from tests.support.reference_family import make_family
+from tests.support.tiny import tiny_lora, tiny_target, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROFILE = settings.get_profile("files")
@@ -64,7 +65,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def base(directories: dict[str, Path]) -> TargetModel:
-    return TargetModel.load(directories["target"], dtype=torch.float32)
+    return load_target(directories["target"], dtype=torch.float32)
 
 
 def copied(source: Path) -> Path:
@@ -102,7 +103,7 @@ def test_targets(directories: dict[str, Path], name: str, file: str, data: st.Da
     path = copied(directories[name])
     damage(data, path / file)
     taken_or_refused(lambda: check_target(path), CheckpointError)
-    model = taken_or_refused(lambda: TargetModel.load(path, dtype=torch.float32), CheckpointError)
+    model = taken_or_refused(lambda: load_target(path, dtype=torch.float32), CheckpointError)
     if model is not None:
         taken_or_refused(lambda: require_usable(FineTune("damaged", model)), CheckpointError)
 

@@ -18,8 +18,8 @@ from server.loading import load_runtime
 from server.logs import configure_logs
 from server.services import Services
 from server.settings import Settings
-from tests.server.family import save_family
 from tests.server.serving import serve
+from tests.support.family import save_family
 
 PROFILE = settings.get_profile("files")
 SECONDS = 30.0

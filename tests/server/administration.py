@@ -13,7 +13,7 @@ from adapters.worker import Worker
 from eda.private import PrivateModule
 from server.services import Services
 from tests.adapters.fake_stages import FakeStages, manifest_for
-from tests.server.family import save_lora
+from tests.support.family import save_lora
 
 PROMPTS = ["the quick brown fox", "1 + 2 ="]
 

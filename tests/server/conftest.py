@@ -6,11 +6,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from eda.backends.eager.drafter import ChainTreeDrafter
 from server.logs import configure_logs
 from server.settings import Settings
-from tests.server.family import Family, save_family
-from tests.server.oracle import Oracle, OracleProposer
 from tests.server.serving import Parts, make_parts, serve
+from tests.support.backends import use_drafter
+from tests.support.family import Family, save_family
+from tests.support.oracle import Oracle, OracleProposer
 
 NUM_SLOTS = 4096
 
@@ -39,7 +41,8 @@ def oracle(family: Family) -> Oracle:
 def parts(family: Family, oracle: Oracle) -> Parts:
     """What ``url`` serves: its draft is right as often as wrong about prompts that the oracle knows."""
     parts = make_parts(family, num_slots=NUM_SLOTS)
-    parts.decoder.proposer = OracleProposer(family, oracle, NUM_SLOTS)
+    proposer = OracleProposer(family, oracle, NUM_SLOTS)
+    use_drafter(parts.decoder, ChainTreeDrafter(proposer, family.draft.config.tap_layers))
     return parts
 
 

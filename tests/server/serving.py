@@ -20,7 +20,7 @@ from server.engine.scheduler import SchedulerLimits
 from server.engine.speculation import DraftCosts, SpeculationLevel, SpeculationPolicy, SpeculationTable
 from server.services import Runtime, Services
 from server.settings import Settings
-from tests.server.family import MAX_LENGTH, Family
+from tests.support.family import MAX_LENGTH, Family
 
 TABLE = SpeculationTable(
     (
@@ -136,7 +136,7 @@ def make_parts(
 ) -> Parts:
     """Services around the tiny family. Steps are small, so that prompts are computed in several chunks."""
     settings = settings or Settings()
-    decoder = SpeculativeDecoder(family.target, family.draft, num_slots=num_slots, seed=0)
+    decoder = SpeculativeDecoder.for_models(family.target, family.draft, num_slots=num_slots, seed=0)
     services = Services(settings)
     engine = AsyncEngine(
         decoder,

@@ -18,8 +18,8 @@ from server.loading import load_runtime
 from server.services import Services
 from server.settings import Settings
 from tests.server.administration import PROMPTS, Server
-from tests.server.family import save_lora
 from tests.server.serving import serve
+from tests.support.family import save_lora
 
 
 @pytest.fixture(scope="module")

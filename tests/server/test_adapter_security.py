@@ -21,8 +21,8 @@ from server.settings import Settings
 from server.worker_supervisor import WorkerSupervisor
 from tests.adapters.helpers import FAKE_WORKER, wait_for
 from tests.adapters.helpers import Service as Setup
-from tests.server.family import save_lora
 from tests.server.serving import serve
+from tests.support.family import save_lora
 
 ADMIN = {"Authorization": "Bearer admin-key"}
 USER = {"Authorization": "Bearer user-key"}

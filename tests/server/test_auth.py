@@ -11,8 +11,8 @@ from server.app import create_app
 from server.auth import KeyRing, Role, is_user_path
 from server.services import Services
 from server.settings import ConfigurationError, Settings, load_settings
-from tests.server.family import Family
 from tests.server.serving import make_parts
+from tests.support.family import Family
 
 USER, ADMIN = {"Authorization": "Bearer user-key"}, {"Authorization": "Bearer admin-key"}
 COMPLETION = {"model": "base", "prompt": "x", "max_tokens": 2}

@@ -9,7 +9,7 @@ import torch
 from eda.speculative import SpeculativeDecoder
 from server.cache_size import DRAFT_ROOM, CacheSize, choose_cache_size, free_memory
 from server.settings import ConfigurationError, Settings
-from tests.server.family import MAX_LENGTH, Family
+from tests.support.family import MAX_LENGTH, Family
 
 MIB = 1024 * 1024
 

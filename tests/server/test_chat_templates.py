@@ -14,9 +14,9 @@ import pytest
 from server.loading import load_runtime
 from server.services import Services
 from server.settings import Settings
-from tests.server.family import CHAT_TEMPLATE, Family, save_lora
-from tests.server.oracle import Oracle
 from tests.server.serving import serve
+from tests.support.family import CHAT_TEMPLATE, Family, save_lora
+from tests.support.oracle import Oracle
 
 OWN = "{% for m in messages %}<|user|>Q: {{ m['content'] }}{% endfor %}<|assistant|>"
 PARTS = "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}<|end|>{% endfor %}"

@@ -19,7 +19,7 @@ from server.cli import app
 from server.engine.speculation import DraftCosts, SpeculationLevel, SpeculationTable
 from server.load import ClientView, LoadResult, read_prompts
 from server.load_report import with_ratios
-from tests.server.oracle import Oracle
+from tests.support.oracle import Oracle
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "the quick brown fox"

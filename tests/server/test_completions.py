@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from eda.generation import GenerationRequest, generate
+from eda.kinds import Off
 from eda.sampling import SamplingParams
-from eda.speculative import Speculation, SpeculativeDecoder
-from tests.server.family import MAX_LENGTH, Family
-from tests.server.oracle import Oracle
+from eda.speculative import SpeculativeDecoder
+from tests.support.family import MAX_LENGTH, Family
+from tests.support.oracle import Oracle
 
 PROMPT = "the quick brown fox"
 DRAFTS = ("private", "shared", "none")
@@ -243,10 +244,8 @@ def test_sampling_settings_reach_the_model(client: httpx.Client, family: Family)
     params = SamplingParams(
         temperature=0.0, repetition_penalty=1.5, presence_penalty=0.7, logit_bias={40: 3.0}
     )
-    request = GenerationRequest(
-        family.tokenizer.encode(PROMPT), 20, sampling=params, speculation=Speculation("none")
-    )
-    decoder = SpeculativeDecoder(family.target, num_slots=256)
+    request = GenerationRequest(family.tokenizer.encode(PROMPT), 20, sampling=params, speculation=Off())
+    decoder = SpeculativeDecoder.for_models(family.target, num_slots=256)
     [expected] = generate(decoder, family.fine_tunes["math"], [request])
     answer = complete(
         client,

@@ -19,11 +19,11 @@ import psutil
 import pytest
 
 from server.app import create_app
-from server.commands.serve import GracefulServer
 from server.connections import FEWEST_CONNECTIONS, OTHER_DESCRIPTORS, ServerConfig, room_for_connections
+from server.graceful_server import GracefulServer
 from server.settings import Settings
-from tests.server.family import Family
 from tests.server.serving import Parts, make_parts, serve
+from tests.support.family import Family
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 LIMITS = Settings(head_seconds=0.4, body_seconds=0.6, unread_seconds=0.6, max_connections=12)
@@ -176,7 +176,7 @@ def test_a_slow_body_does_not_hold_the_end(family: Family) -> None:
 
 OUT_OF_DESCRIPTORS = """
     import asyncio, resource, sys
-    from server.commands.serve import GracefulServer
+    from server.graceful_server import GracefulServer
     from server.connections import ServerConfig
     from server.logs import configure_logs
     from server.services import Services

@@ -9,18 +9,19 @@ import httpx
 import pytest
 import torch
 
-from eda.target import FineTune, TargetModel
+from eda.backends.loading import load_target
+from eda.target import FineTune
 from eda.verification import TokenLogprobs
 from server.rendering import LOWEST_LOGPROB, chat_logprobs
-from tests.server.family import Family
 from tests.server.serving import make_parts, serve
+from tests.support.family import Family
 
 BODY = {"model": "broken", "prompt": "the quick", "max_tokens": 4, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
 def url(family: Family) -> Iterator[str]:
-    model = TargetModel.load(family.directory / "full", dtype=torch.float32)
+    model = load_target(family.directory / "full", dtype=torch.float32)
     model.embedding.data[:] = math.nan
     fine_tunes = {**family.fine_tunes, "broken": FineTune("broken", model)}
     parts = make_parts(dataclasses.replace(family, fine_tunes=fine_tunes))

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from eda.tokenizer import TextTokenizer
 from server.engine.detokenizer import REPLACEMENT
 from server.tokenizer import detokenizer_of
-from tests.server.family import tiny_tokenizer
+from tests.support.family import tiny_tokenizer
 
 FIRST_WORD = 257
 

@@ -12,8 +12,8 @@ from server.app import create_app
 from server.loading import load_runtime
 from server.services import Services
 from server.settings import Settings
-from tests.server.family import Family
 from tests.server.serving import make_parts, serve
+from tests.support.family import Family
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "http-api.md"

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from eda.errors import NonFiniteLogitsError
-from eda.speculative import ScheduledRow, Speculation
+from eda.kinds import Off
+from eda.speculative import ScheduledRow
 from server.engine.detokenizer import IncrementalDetokenizer
 from server.engine.engine import (
     MAX_FAILED_STEPS,
@@ -24,7 +25,7 @@ from server.engine.sequence import Sequence as EngineSequence
 from server.engine.sequence import SequenceDelta, StepStats
 from server.engine.speculation import SpeculationLevel, SpeculationPolicy, SpeculationTable
 from server.engine.stopping import FinishReason, StopChecker, StopConditions
-from tests.server.fakes import FakeDecoder, continuation, decode_letters, make_sequence
+from tests.support.fakes import FakeDecoder, continuation, decode_letters, make_sequence
 
 TABLE = SpeculationTable((SpeculationLevel(2, "chain", 4), SpeculationLevel(4, "chain", 1)))
 
@@ -275,7 +276,7 @@ def test_draining_finishes_what_runs_and_takes_nothing_new(threaded: Threaded) -
 
 def test_stopping_at_once_answers_everybody(threaded: Threaded) -> None:
     threaded.bench.decoder.fail = lambda rows: time.sleep(0.01)
-    sequences = [make_sequence([index], 200, speculation=Speculation("none", 0)) for index in range(1, 4)]
+    sequences = [make_sequence([index], 200, speculation=Off()) for index in range(1, 4)]
     threaded.bench.submit(*sequences)
     threaded.wait_for(lambda: bool(threaded.bench.outputs))
     threaded.bench.engine.stop(0.0)

@@ -7,8 +7,8 @@ import httpx
 import pytest
 
 from server.app import create_app
-from tests.server.family import Family
 from tests.server.serving import make_parts
+from tests.support.family import Family
 
 COMPLETION = {"model": "base", "prompt": "x", "max_tokens": 2}
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}

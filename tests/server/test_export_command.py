@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from adapters.store import AdapterStore
+from eda.backends.loading import load_fine_tune
 from eda.private import PrivateModule
-from eda.target import load_fine_tune
 from server.cli import app
 from tests.adapters.fake_stages import manifest_for
-from tests.server.family import Family
+from tests.support.family import Family
 
 
 def export(family: Path, *arguments: object) -> Result:

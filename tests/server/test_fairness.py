@@ -8,10 +8,10 @@ import pytest
 
 from server.engine.engine import QueueFullError
 from server.settings import ConfigurationError, Settings, load_settings
-from tests.server.fakes import FakeDecoder, make_sequence
-from tests.server.family import Family
 from tests.server.serving import Parts, make_parts, serve
 from tests.server.test_engine import Bench
+from tests.support.fakes import FakeDecoder, make_sequence
+from tests.support.family import Family
 
 GREEDY, POLITE, ADMIN = ({"Authorization": f"Bearer {key}"} for key in ("greedy", "polite", "admin"))
 COMPLETION = {"model": "base", "prompt": "x", "max_tokens": 2}

@@ -11,8 +11,8 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
 
 from server.settings import Settings
-from tests.server.family import Family
 from tests.server.serving import Parts, make_parts, serve
+from tests.support.family import Family
 
 
 @pytest.fixture(scope="module")

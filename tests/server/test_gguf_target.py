@@ -6,7 +6,6 @@ import httpx
 import pytest
 import torch
 from gguf_files import write_gguf
-from tiny import tiny_target
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -19,6 +18,7 @@ from server.model_paths import model_paths
 from server.services import Services
 from server.settings import ConfigurationError, Settings
 from tests.server.serving import serve
+from tests.support.tiny import tiny_target
 
 MESSAGES = [{"role": "user", "content": "the way"}]
 RENDERED = "user: the way\nassistant: "

@@ -11,9 +11,10 @@ import httpx
 import psutil
 import pytest
 
-from tests.server.family import Family, random_private
-from tests.server.oracle import Oracle
 from tests.server.serving import Parts
+from tests.support.backends import proposer_of
+from tests.support.family import Family, random_private
+from tests.support.oracle import Oracle
 
 MODELS = ("base", "math", "code", "full")
 WORDS = [
@@ -210,8 +211,7 @@ async def test_clients_that_leave_do_not_disturb_those_that_stay(
 async def test_a_draft_that_breaks_costs_speed_and_nothing_else(
     url: str, parts: Parts, family: Family, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proposer = parts.decoder.proposer
-    assert proposer is not None
+    proposer = proposer_of(parts.decoder)
     propose, calls = proposer.propose_chains, 0
 
     def breaking(*arguments: Any) -> Any:

@@ -6,8 +6,8 @@ import openai
 import pytest
 from openai import OpenAI
 
-from tests.server.family import Family
-from tests.server.oracle import Oracle
+from tests.support.family import Family
+from tests.support.oracle import Oracle
 
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the quick"}]
 

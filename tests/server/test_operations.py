@@ -11,9 +11,9 @@ from eda.errors import CheckpointError
 from eda.speculative import ScheduledRow
 from server.services import Services
 from server.settings import Settings
-from tests.server.family import Family
-from tests.server.oracle import Oracle
 from tests.server.serving import make_parts, serve, wait_until_ready
+from tests.support.family import Family
+from tests.support.oracle import Oracle
 
 COMPLETION = {"model": "base", "prompt": "x", "max_tokens": 2}
 

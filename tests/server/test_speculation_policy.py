@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eda.speculative import Speculation
+from eda.kinds import Chain, Off, Tree
 from server.engine.sequence import SequenceLabels, StepStats
 from server.engine.speculation import (
     CPU_PASSES_COSTS,
@@ -23,7 +23,7 @@ TABLE = SpeculationTable(
     (SpeculationLevel(1, "tree", 5), SpeculationLevel(8, "chain", 4), SpeculationLevel(16, "chain", 0)),
     DraftCosts(0.1, 0.0, 0.1),
 )
-START = Speculation("chain", 5)
+START = Chain(5)
 
 
 def at_batch(size: int, **options: int) -> SpeculationPolicy:
@@ -42,7 +42,7 @@ def stats(accepted: int, drafted: int = 4, mode: str = "chain", labels: Sequence
 )
 def test_levels_follow_the_batch(size: int, mode: str, length: int) -> None:
     chosen = at_batch(size).choose(LABELS, START, sampled=False)
-    assert (chosen.mode, chosen.num_speculative_tokens) == (mode, length)
+    assert (chosen.mode, chosen.fitting(99, 99)) == (mode, length)
 
 
 def test_a_batch_that_swings_around_a_border_does_not_flap() -> None:
@@ -66,7 +66,7 @@ def test_an_idle_step_changes_nothing() -> None:
 
 
 def test_a_sequence_without_drafting_stays_so() -> None:
-    plain = Speculation("none", 0)
+    plain = Off()
     assert at_batch(1).choose(LABELS, plain, sampled=False) == plain
 
 
@@ -75,15 +75,15 @@ def test_chains_shorten_for_the_adapter_that_is_rejected_and_for_no_other() -> N
     for _ in range(50):
         policy.observe_step(stats(accepted=0 if _ % 2 else 1))
         policy.observe_step(stats(accepted=4, labels=OTHER))
-    assert policy.choose(LABELS, START, sampled=False).num_speculative_tokens < 4
-    assert policy.choose(OTHER, START, sampled=False).num_speculative_tokens == 4
+    assert policy.choose(LABELS, START, sampled=False).length < 4
+    assert policy.choose(OTHER, START, sampled=False).length == 4
 
 
 def test_a_useless_draft_is_left_out_but_probed() -> None:
     policy = at_batch(4, warm_up=10, probe_every=5)
     for _ in range(20):
         policy.observe_step(stats(accepted=0))
-    chosen = [policy.choose(LABELS, START, sampled=False).num_speculative_tokens for _ in range(10)]
+    chosen = [policy.choose(LABELS, START, sampled=False).length for _ in range(10)]
     assert chosen == [0, 0, 0, 0, 4, 0, 0, 0, 0, 4]
 
 
@@ -98,7 +98,7 @@ def test_acceptance_is_that_of_a_token_whatever_the_lengths_of_chains() -> None:
     for _ in range(100):
         for accepted in (0, 1, 0, 2):
             policy.observe_step(stats(accepted, drafted=2))
-    assert policy.choose(LABELS, START, sampled=False).num_speculative_tokens == 2
+    assert policy.choose(LABELS, START, sampled=False).length == 2
 
 
 def test_greedy_and_sampled_sequences_of_an_adapter_are_measured_apart() -> None:
@@ -106,17 +106,17 @@ def test_greedy_and_sampled_sequences_of_an_adapter_are_measured_apart() -> None
     for _ in range(50):
         policy.observe_step(stats(accepted=4))
         policy.observe_step(replace(stats(accepted=0), sampled=True))
-    assert policy.choose(LABELS, START, sampled=False).num_speculative_tokens == 4
-    assert policy.choose(LABELS, START, sampled=True).num_speculative_tokens == 0
+    assert policy.choose(LABELS, START, sampled=False).length == 4
+    assert policy.choose(LABELS, START, sampled=True).length == 0
 
 
 def test_a_level_may_draft_otherwise_for_sampled_sequences() -> None:
     level = SpeculationLevel(4, "tree", 5, min_probability=0.1, sampled_chain=2, sampled_min_probability=0.3)
     policy = SpeculationPolicy(SpeculationTable((level,)))
-    assert policy.choose(LABELS, START, sampled=True) == Speculation("chain", 2, min_probability=0.3)
-    assert policy.choose(LABELS, START, sampled=False) == Speculation("tree", 5, min_probability=0.1)
+    assert policy.choose(LABELS, START, sampled=True) == Chain(2, min_probability=0.3)
+    assert policy.choose(LABELS, START, sampled=False) == Tree(5)
     long = SpeculationLevel(4, "chain", 2, sampled_chain=7)
-    assert SpeculationPolicy(SpeculationTable((long,))).largest == Speculation("chain", 7)
+    assert SpeculationPolicy(SpeculationTable((long,))).largest == Chain(7)
 
 
 def test_a_tree_pays_for_its_nodes_too() -> None:
@@ -142,7 +142,7 @@ def test_an_adapter_that_got_better_is_noticed() -> None:
         policy.observe_step(stats(accepted=0))
     for _ in range(200):
         policy.observe_step(stats(accepted=4))
-    assert policy.choose(LABELS, START, sampled=False).num_speculative_tokens == 4
+    assert policy.choose(LABELS, START, sampled=False).length == 4
 
 
 @pytest.mark.parametrize(
@@ -184,15 +184,15 @@ def test_a_file_from_before_the_other_costs_counts_as_it_did(tmp_path: Path) -> 
     )
     table = SpeculationTable.load(path)
     assert table.costs == DraftCosts(0.3, 0.0, 0.3)
-    assert table.levels[0].speculation(sampled=True) == Speculation("chain", 3)
+    assert table.levels[0].speculation(sampled=True) == Chain(3)
 
 
 def test_built_in_tables_draft_less_at_a_temperature() -> None:
-    table = SpeculationTable.default(cpu_passes=True)
+    table = SpeculationTable.default("cpu")
     assert table.costs == CPU_PASSES_COSTS
     for level in table.levels:
         greedy, sampled = level.speculation(), level.speculation(sampled=True)
-        assert sampled.num_speculative_tokens <= greedy.num_speculative_tokens
+        assert sampled.length <= greedy.length
 
 
 @pytest.mark.parametrize(

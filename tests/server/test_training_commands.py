@@ -9,10 +9,10 @@ from typer.testing import CliRunner
 
 from adapters.loading import ModelLoader
 from adapters.store import AdapterStore
+from eda.backends.loading import load_fine_tune, load_target
 from eda.draft import DraftModel
-from eda.target import TargetModel, load_fine_tune
 from server.cli import app
-from tests.server.family import save_family
+from tests.support.family import save_family
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_train_draft_writes_a_draft_for_this_target(family: Path, tmp_path: Path
     output = run(*arguments)
     assert "vocabulary 64 of" in output
     draft = DraftModel.load(tmp_path / "draft")
-    assert draft.config.target_fingerprint == TargetModel.load(family / "base").fingerprint
+    assert draft.config.target_fingerprint == load_target(family / "base").fingerprint
     assert re.search(r"training spent: .*evaluation \d+\.\d s \(\d+%\)", output)
     # Run again, it finds the trained state; only what this cost is new.
     assert run(*arguments).splitlines()[0] == output.splitlines()[0]
@@ -58,7 +58,7 @@ def test_adapt_publishes_a_version_that_loads_and_says_so_again(family: Path, tm
     assert "adapted" in output
     assert "training spent: " in output
     assert "math/1" in output.replace("\n", "")
-    base = TargetModel.load(family / "base")
+    base = load_target(family / "base")
     loader = ModelLoader(base, DraftModel.load(family / "draft"))
     fine_tune = load_fine_tune(family / "math", base, "math")
     manifest, module = loader.private_module(AdapterStore(store), "math", 1, fine_tune.fingerprint)

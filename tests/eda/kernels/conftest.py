@@ -1,15 +1,11 @@
 """What tests of the C++ passes share."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
 from eda.kernels.library import kernels
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # passes.py, also when only this folder is collected
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from narrow import load, narrow_lora, narrow_target, outputs_of
-from passes import Row, complete, random_tokens, run
 from torch import Tensor
 
+from eda.backends.loading import load_fine_tune
 from eda.lora import LoraAdapter
-from eda.target import TargetModel, load_fine_tune
+from eda.target import TargetModel
+from tests.support.narrow import load, narrow_lora, narrow_target, outputs_of
+from tests.support.passes import Row, complete, random_tokens, run
 
 pytestmark = pytest.mark.usefixtures("_needs_kernels")
 
@@ -85,13 +86,16 @@ def test_the_number_of_threads(model: TargetModel, whole: Tensor, count: int) ->
     assert torch.equal(torch.cat(parts), whole)
 
 
+TAPS = (0, 2, 3)
+
+
 def test_features(model: TargetModel) -> None:
     cache = model.new_cache(45)
     extent = cache.allocator.allocate(45)
     with outputs_of(model) as outputs:
-        complete(model, TOKENS)
+        complete(model, TOKENS, taps=TAPS)
         for start, end in ((0, 20), (20, 21), (21, 26), (26, 45)):
-            run(model, cache, [Row(extent, TOKENS[start:end])])
+            run(model, cache, [Row(extent, TOKENS[start:end])], taps=TAPS)
     whole, *parts = [output.features for output in outputs]
     assert whole is not None
     assert torch.equal(torch.cat([part for part in parts if part is not None]), whole)

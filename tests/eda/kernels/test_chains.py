@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from drafting import Part, Rounds, draft_config
-from narrow import narrow_module
+
+from tests.support.drafting import Part, Rounds, draft_config
+from tests.support.narrow import narrow_module
 
 pytestmark = pytest.mark.usefixtures("_needs_kernels")
 

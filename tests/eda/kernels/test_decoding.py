@@ -5,20 +5,22 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from narrow import VOCAB_SIZE, NarrowFamily, make_narrow_family
-from passes import random_tokens
 
+from eda.generation import GenerationRequest, generate
+from eda.kinds import Chain, Off, Speculation, Tree
 from eda.private import PrivateModule
 from eda.sampling import SamplingParams
-from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
+from eda.speculative import SpeculativeDecoder
+from tests.support.narrow import VOCAB_SIZE, NarrowFamily, make_narrow_family
+from tests.support.passes import random_tokens
 
 pytestmark = pytest.mark.usefixtures("_needs_kernels")
 
 MAX_TOKENS = 24
 GREEDY = SamplingParams(temperature=0.0)
-PLAIN = Speculation("none")
-CHAIN = Speculation("chain", num_speculative_tokens=4)
-TREE = Speculation("tree", num_speculative_tokens=4, tree_top_k=4, tree_num_nodes=14)
+PLAIN = Off()
+CHAIN = Chain(4)
+TREE = Tree(4, top_k=4, num_nodes=14)
 Choice = tuple[Speculation, PrivateModule | None]
 
 
@@ -54,38 +56,20 @@ def decode(
     seed: int = 0,
 ) -> tuple[list[list[int]], int]:
     """All cases in one changing batch: their texts, and how many draft tokens were right."""
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=2048, seed=seed)
-    assert decoder.proposer is not None
-    waiting, running = list(enumerate(cases)), []
-    found: list[list[int]] = [[] for _ in cases]
-    num_accepted = 0
-    while waiting or running:
-        while waiting and len(running) < batch_size:
-            place, (name, prompt) = waiting.pop(0)
-            speculation, module = choose(place)
-            state = SequenceState(
-                list(prompt),
-                len(prompt) + max_tokens,
-                family.fine_tunes[name],
-                sampling,
-                module,
-                speculation,
-            )
-            decoder.admit(state)
-            running.append((place, state))
-        rows = [
-            ScheduledRow(state, min(chunk, state.num_uncomputed) if state.is_prefilling else 1)
-            for _, state in running
-        ]
-        for (place, _), result in zip(running, decoder.step(rows), strict=True):
-            found[place] += result.token_ids
-            num_accepted += result.num_accepted
-        for place, state in list(running):
-            if len(found[place]) >= max_tokens:
-                decoder.release(state)
-                running.remove((place, state))
+    decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=2048, seed=seed)
+    requests = []
+    for place, (name, prompt) in enumerate(cases):
+        speculation, module = choose(place)
+        fine_tune = family.fine_tunes[name]
+        requests.append(
+            GenerationRequest(prompt, max_tokens, frozenset(), sampling, speculation, module, fine_tune)
+        )
+    generations = generate(
+        decoder, family.fine_tunes["base"], requests, max_batch=batch_size, prefill_chunk=chunk
+    )
     assert decoder.cache.allocator.num_free == 2048
-    return [text[:max_tokens] for text in found], num_accepted
+    steps = [step for generation in generations for step in generation.steps]
+    return [generation.token_ids for generation in generations], sum(accepted for _, accepted in steps)
 
 
 @pytest.mark.parametrize("batch_size", [1, 6])
@@ -114,9 +98,9 @@ def test_mixed_modes_lengths_modules_and_chunks(
         PLAIN,
         CHAIN,
         TREE,
-        Speculation("chain", num_speculative_tokens=1),
-        Speculation("chain", num_speculative_tokens=9, min_probability=0.01),
-        Speculation("tree", num_speculative_tokens=2, tree_top_k=5, tree_num_nodes=30),
+        Chain(1),
+        Chain(9, min_probability=0.01),
+        Tree(2, top_k=5, num_nodes=30),
     ]
     found, _ = decode(
         family,

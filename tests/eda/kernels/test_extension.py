@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from drafting import Part, Rounds, draft_config
-from narrow import mean_error, narrow_module
 from torch import Tensor
 
 from eda.kernels.draft import DraftHead
 from eda.private import PrivateModule
+from tests.support.drafting import Part, Rounds, draft_config
+from tests.support.narrow import mean_error, narrow_module
 
 pytestmark = pytest.mark.usefixtures("_needs_kernels")
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from narrow import load, narrow_target
-from passes import complete, random_tokens
 
 from eda.kernels.library import kernels
 from eda.kernels.verification import verify_chains
 from eda.sampling_params import SamplingParams
+from tests.support.narrow import load, narrow_target
+from tests.support.passes import complete, random_tokens
 
 pytestmark = pytest.mark.usefixtures("_needs_kernels", "_own_thread_number")
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from narrow import load, narrow_target
-from passes import complete, random_tokens
 
+from eda.backends.loading import load_target
 from eda.kernels import library
-from eda.target import TargetModel
+from eda.target import TorchBody
+from tests.support.narrow import load, narrow_target
+from tests.support.passes import complete, random_tokens
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +47,8 @@ def use(monkeypatch: pytest.MonkeyPatch, path: Path | None) -> None:
 
 def check_that_models_run_on_torch(directory: Path) -> None:
     path = narrow_target(directory / "model", hidden_size=48, head_dim=32)
-    model = TargetModel.load(path, dtype=torch.bfloat16)
-    assert not model.has_kernel
+    model = load_target(path, dtype=torch.bfloat16)
+    assert isinstance(model.body, TorchBody)
     tokens = random_tokens(9, seed=1)
     assert torch.equal(complete(model, tokens), complete(load(path, kernel=False), tokens))
 

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from narrow import load, mean_error, narrow_target, outputs_of
-from passes import Row, complete, random_tokens, reference, reference_logits, run
 from safetensors.torch import load_file, save_file
 
+from eda.answers import Need
 from eda.attention import AttentionRow, PackedBatch
-from eda.target import TargetModel
+from eda.backends.loading import load_target
+from eda.target import TargetModel, TorchBody
+from tests.support.narrow import load, mean_error, narrow_target, outputs_of
+from tests.support.passes import Row, complete, random_tokens, reference, reference_logits, run
 
 pytestmark = pytest.mark.usefixtures("_needs_kernels")
 
@@ -93,22 +95,23 @@ def test_logits_and_features_are_nearer_to_float32_than_torchs(tmp_path: Path, n
     expected_features = [torch.cat([state[3][0], state[1][0], state[2][0]], dim=-1) for state in states]
     errors, feature_errors = {}, {}
     for kind, model in models.items():
-        model.tap_layers = (2, 0, 1)
         with outputs_of(model) as outputs:
-            errors[kind] = mean_error([complete(model, tokens) for tokens in sequences], expected)
+            errors[kind] = mean_error(
+                [complete(model, tokens, taps=(2, 0, 1)) for tokens in sequences], expected
+            )
         features = [output.features for output in outputs if output.features is not None]
         feature_errors[kind] = mean_error(features, expected_features)
     assert errors["kernel"] <= errors["torch"] < 0.1
     assert feature_errors["kernel"] <= feature_errors["torch"] < 0.1
 
 
-def wanted_of(model: TargetModel, tokens: list[int], wanted: list[int], **how: bool) -> Any:
+def wanted_of(model: TargetModel, tokens: list[int], wanted: list[int], **how: Need) -> Any:
     cache = model.new_cache(len(tokens))
     batch = PackedBatch(
         torch.arange(len(tokens)), torch.arange(len(tokens)), [AttentionRow(0, len(tokens), 0, len(tokens))]
     )
     with torch.inference_mode():
-        return model(torch.tensor(tokens), batch, cache, with_features=False, wanted=wanted, **how)
+        return model(torch.tensor(tokens), batch, cache, wanted=wanted, **how)
 
 
 def test_wanted_logits_and_likeliest_tokens(tmp_path: Path) -> None:
@@ -117,12 +120,10 @@ def test_wanted_logits_and_likeliest_tokens(tmp_path: Path) -> None:
     everything = complete(model, tokens)
     output = wanted_of(model, tokens, wanted)
     assert output.features is None
-    assert torch.equal(output.logits, everything[wanted])
-    assert output.best == everything[wanted].argmax(-1).tolist()
-    without = wanted_of(model, tokens, wanted, only_best=True)
-    assert without.logits is None
-    assert without.best == output.best
-    assert wanted_of(model, tokens, []).logits is None
+    assert torch.equal(output.answer.values, everything[wanted])
+    told = wanted_of(model, tokens, wanted, need=Need.LIKELIEST)
+    assert told.answer.token_ids == everything[wanted].argmax(-1).tolist()
+    assert wanted_of(model, tokens, []).answer is None
 
 
 def test_the_lowest_id_of_equally_likely_tokens_is_the_best(tmp_path: Path) -> None:
@@ -131,8 +132,8 @@ def test_the_lowest_id_of_equally_likely_tokens_is_the_best(tmp_path: Path) -> N
     weights["lm_head.weight"][75:] = weights["lm_head.weight"][:75]
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     best = wanted_of(
-        load(path), random_tokens(40, seed=2, vocab_size=150), list(range(40)), only_best=True
-    ).best
+        load(path), random_tokens(40, seed=2, vocab_size=150), list(range(40)), need=Need.LIKELIEST
+    ).answer.token_ids
     assert max(best) < 75
     assert len(set(best)) > 5
 
@@ -176,6 +177,6 @@ def test_what_the_passes_cannot_do_runs_on_torch(
     path = narrow_target(tmp_path, architecture, **sizes)
     tokens = random_tokens(12, seed=5)
     found = complete(load(path, kernel=False), tokens)
-    assert torch.equal(complete(TargetModel.load(path, dtype=torch.bfloat16), tokens), found)
-    assert not TargetModel.load(path, dtype=torch.bfloat16).has_kernel
+    assert torch.equal(complete(load_target(path, dtype=torch.bfloat16), tokens), found)
+    assert isinstance(load_target(path, dtype=torch.bfloat16).body, TorchBody)
     assert mean_error([found], [reference_logits(reference(path), tokens)]) < 0.1

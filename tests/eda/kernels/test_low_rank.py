@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from narrow import load, mean_error, narrow_lora, narrow_target
-from passes import Row, complete, random_tokens, reference, reference_logits, run
 from peft import PeftModel
 
-from eda.target import TargetModel, load_fine_tune
+from eda.backends.loading import load_fine_tune
+from eda.target import TargetModel
+from tests.support.narrow import load, mean_error, narrow_lora, narrow_target
+from tests.support.passes import Row, complete, random_tokens, reference, reference_logits, run
 
 pytestmark = pytest.mark.usefixtures("_needs_kernels")
 

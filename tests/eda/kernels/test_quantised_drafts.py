@@ -4,12 +4,12 @@ import ctypes
 
 import pytest
 import torch
-from drafting import Rounds, draft_config
-from narrow import mean_error
 from torch import Tensor
 
 from eda.kernels.target import run_head
 from eda.kernels.weights import PackedWeight
+from tests.support.drafting import Rounds, draft_config
+from tests.support.narrow import mean_error
 
 pytestmark = pytest.mark.usefixtures("_needs_kernels")
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from drafting import Part, Rounds, draft_config, packed
 from torch import Tensor
 
 from eda.kernels.library import Sampling
+from tests.support.drafting import Part, Rounds, draft_config, packed
 
 pytestmark = pytest.mark.usefixtures("_needs_kernels")
 

@@ -8,15 +8,16 @@ from collections import Counter
 
 import pytest
 import torch
-from narrow import NarrowFamily, make_narrow_family
-from passes import Row, run
 from scipy.stats import chisquare
 
 from eda.generation import GenerationRequest, generate
-from eda.kernel_proposals import KernelProposals
+from eda.kernel_proposals import CpuDraftLayer
+from eda.kinds import Chain, Off, Speculation
 from eda.processors import LogitsContext, process_logits
 from eda.sampling import SamplingParams
-from eda.speculative import Speculation, SpeculativeDecoder
+from eda.speculative import SpeculativeDecoder
+from tests.support.narrow import NarrowFamily, make_narrow_family
+from tests.support.passes import Row, run
 
 pytestmark = pytest.mark.usefixtures("_needs_kernels")
 
@@ -59,7 +60,7 @@ def draws(
     family: NarrowFamily, name: str, params: SamplingParams, speculation: Speculation
 ) -> tuple[Counter[Triple], float]:
     """Counts of emitted triples, and the share of decoding passes that accepted a draft token."""
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=4096, seed=3)
+    decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=4096, seed=3)
     request = GenerationRequest(
         PROMPT, 3, sampling=params, speculation=speculation, private=family.modules[1]
     )
@@ -87,9 +88,9 @@ def significance(counts: Counter[Triple], exact: dict[Triple, float]) -> float:
 @pytest.mark.parametrize(
     "speculation",
     [
-        Speculation("none"),
-        Speculation("chain", num_speculative_tokens=2),
-        Speculation("chain", num_speculative_tokens=4, min_probability=0.1),
+        Off(),
+        Chain(2),
+        Chain(4, min_probability=0.1),
     ],
     ids=["plain", "chain", "chain that ends early"],
 )
@@ -97,7 +98,7 @@ def test_sampled_text_follows_the_target(
     family: NarrowFamily, speculation: Speculation, params: SamplingParams
 ) -> None:
     counts, accepting = draws(family, "inner", params, speculation)
-    if speculation.mode == "chain":
+    if isinstance(speculation, Chain):
         assert 0.1 < accepting < 0.95, "the test needs accepted and rejected drafts"
     assert significance(counts, exact_probabilities(family, "inner", params)) > 1e-4
 
@@ -106,16 +107,16 @@ def test_the_check_fails_when_drafts_are_accepted_unseen(
     family: NarrowFamily, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A test of the test: a draft that misstates its probabilities, so that all it proposes passes, is caught."""
-    original = KernelProposals.extend
+    original = CpuDraftLayer.extend_and_draft
 
-    def overconfident(self: KernelProposals, *arguments: object) -> object:
-        hidden, proposals = original(self, *arguments)  # type: ignore[arg-type]
-        for proposal in proposals or []:
+    def overconfident(self: CpuDraftLayer, *arguments: object) -> object:
+        proposals = original(self, *arguments)  # type: ignore[arg-type]
+        for proposal in proposals:
             if proposal.draft_probs is not None:
                 proposal.draft_probs.mul_(0.0).add_(1e-9)
-        return hidden, proposals
+        return proposals
 
-    monkeypatch.setattr(KernelProposals, "extend", overconfident)
+    monkeypatch.setattr(CpuDraftLayer, "extend_and_draft", overconfident)
     params = SETTINGS["temperature 1"]
-    counts, _ = draws(family, "inner", params, Speculation("chain", num_speculative_tokens=3))
+    counts, _ = draws(family, "inner", params, Chain(3))
     assert significance(counts, exact_probabilities(family, "inner", params)) < 1e-6

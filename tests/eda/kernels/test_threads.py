@@ -10,13 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from narrow import VOCAB_SIZE, NarrowFamily, load, make_narrow_family, narrow_target
-from passes import complete, random_tokens
 
 from eda.generation import GenerationRequest, generate
 from eda.kernels.parallel import kernel_threads_only, num_threads
-from eda.speculative import Speculation, SpeculativeDecoder
+from eda.kinds import Chain, Off, Speculation, Tree
+from eda.speculative import SpeculativeDecoder
 from eda.target import TargetModel
+from tests.support.narrow import VOCAB_SIZE, NarrowFamily, load, make_narrow_family, narrow_target
+from tests.support.passes import complete, random_tokens
 
 pytestmark = pytest.mark.usefixtures("_needs_kernels", "_own_thread_number")
 
@@ -32,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TargetModel:
 
 
 def texts_of(family: NarrowFamily, seed: int, speculation: Speculation) -> list[list[int]]:
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=1024)
+    decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=1024)
     requests = [
         GenerationRequest(
             random_tokens(3 + n, 10 * seed + n, VOCAB_SIZE), 8, speculation=speculation, private=module
@@ -45,9 +46,9 @@ def texts_of(family: NarrowFamily, seed: int, speculation: Speculation) -> list[
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_decoders_in_several_threads(family: NarrowFamily, count: int) -> None:
-    chain, tree = Speculation("chain", 2), Speculation("tree", 2, tree_top_k=3, tree_num_nodes=6)
+    chain, tree = Chain(2), Tree(2, top_k=3, num_nodes=6)
     jobs = [(seed, (chain, tree)[seed % 2]) for seed in range(3)]
-    expected = [texts_of(family, seed, Speculation("none")) for seed, _ in jobs]
+    expected = [texts_of(family, seed, Off()) for seed, _ in jobs]
     torch.set_num_threads(count)
     start = threading.Barrier(3)
 

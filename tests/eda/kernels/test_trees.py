@@ -4,12 +4,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from narrow import VOCAB_SIZE, NarrowFamily, make_narrow_family
-from passes import random_tokens
 
+from eda.drafting import Reading
+from eda.kernel_proposals import CpuDraftLayer
+from eda.kinds import Tree
+from eda.proposal import Proposal
 from eda.sampling import SamplingParams
-from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
-from eda.verification import Proposal
+from eda.speculative import ScheduledRow, SequenceState, SpeculativeDecoder
+from tests.support.backends import eager_proposer_of, layer_of, proposer_of
+from tests.support.narrow import VOCAB_SIZE, NarrowFamily, make_narrow_family
+from tests.support.passes import random_tokens
 
 pytestmark = pytest.mark.usefixtures("_needs_kernels")
 
@@ -29,7 +33,7 @@ def states_of(family: NarrowFamily, decoder: SpeculativeDecoder, count: int) -> 
             fine_tune=family.fine_tunes[names[place % 3]],
             sampling=SamplingParams(temperature=0.0),
             private=family.modules[place // 2 % 3],
-            speculation=Speculation("tree", num_speculative_tokens=8, tree_top_k=6),
+            speculation=Tree(8, top_k=6),
         )
         for place in range(count)
     ]
@@ -49,12 +53,10 @@ def paths_of(proposal: Proposal) -> set[tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def drafted(family: NarrowFamily) -> Iterator[tuple[SpeculativeDecoder, list[SequenceState], torch.Tensor]]:
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=2048)
+    decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=2048)
     states = states_of(family, decoder, 12)
-    assert decoder.proposer is not None
     with torch.inference_mode():
-        hidden, chains = decoder.proposer.extend(states, None)
-        assert chains is None
+        hidden = proposer_of(decoder).extend(Reading.of(states))
         yield decoder, states, hidden
 
 
@@ -64,18 +66,15 @@ def drafted(family: NarrowFamily) -> Iterator[tuple[SpeculativeDecoder, list[Seq
 )
 def test_trees_are_those_of_the_generic_way(
     drafted: tuple[SpeculativeDecoder, list[SequenceState], torch.Tensor],
-    monkeypatch: pytest.MonkeyPatch,
     top_k: int,
     depth: int,
     num_nodes: int,
 ) -> None:
     decoder, states, hidden = drafted
-    proposer = decoder.proposer
-    assert proposer is not None
+    proposer = proposer_of(decoder)
     shape = {"top_k": top_k, "depth": depth, "num_nodes": num_nodes}
     found = proposer.propose_trees(states, hidden, **shape)
-    monkeypatch.setattr("eda.proposer.has_plain_scores", lambda *_, **__: False)
-    expected = proposer.propose_trees(states, hidden, **shape)
+    expected = eager_proposer_of(decoder).propose_trees(states, hidden, **shape)
     sizes = {len(proposal.token_ids) for proposal in found}
     assert sizes == {min(num_nodes, top_k + top_k * top_k * (depth - 1))}
     for ours, theirs in zip(found, expected, strict=True):
@@ -87,9 +86,8 @@ def test_a_tree_of_one_child_is_the_chain(
     drafted: tuple[SpeculativeDecoder, list[SequenceState], torch.Tensor],
 ) -> None:
     decoder, states, hidden = drafted
-    assert decoder.proposer is not None
-    trees = decoder.proposer.propose_trees(states, hidden, top_k=1, depth=6, num_nodes=6)
-    chains = decoder.proposer.propose_chains(states, hidden, [6] * len(states))
+    trees = proposer_of(decoder).propose_trees(states, hidden, top_k=1, depth=6, num_nodes=6)
+    chains = proposer_of(decoder).propose_chains(states, hidden, [6] * len(states))
     assert [tree.token_ids for tree in trees] == [chain.token_ids for chain in chains]
     assert all(tree.is_chain for tree in trees)
 
@@ -98,24 +96,24 @@ def test_a_row_has_the_same_tree_alone(
     drafted: tuple[SpeculativeDecoder, list[SequenceState], torch.Tensor],
 ) -> None:
     decoder, states, hidden = drafted
-    assert decoder.proposer is not None
-    together = decoder.proposer.propose_trees(states, hidden, top_k=4, depth=4, num_nodes=12)
+    together = proposer_of(decoder).propose_trees(states, hidden, top_k=4, depth=4, num_nodes=12)
     for place, state in enumerate(states):
-        [alone] = decoder.proposer.propose_trees(
+        [alone] = proposer_of(decoder).propose_trees(
             [state], hidden[place : place + 1], top_k=4, depth=4, num_nodes=12
         )
         assert (alone.token_ids, alone.parents) == (together[place].token_ids, together[place].parents)
 
 
 def test_chains_in_the_call_of_the_extension_are_those_of_the_generic_way(family: NarrowFamily) -> None:
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=2048)
+    decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=2048)
     states = states_of(family, decoder, 12)
     lengths = [5, 0, 3, 1, 7, 7, 2, 0, 4, 6, 1, 5]
-    assert decoder.proposer is not None
+    layer, reading = layer_of(decoder), Reading.of(states)
+    assert isinstance(layer, CpuDraftLayer)
     with torch.inference_mode():
-        hidden, chains = decoder.proposer.extend(states, lengths)
-        expected = decoder.proposer.propose_chains(states, hidden, lengths)
-    assert chains is not None
+        chains = layer.extend_and_draft(reading, lengths)
+        hidden = proposer_of(decoder).extend(reading)
+        expected = proposer_of(decoder).propose_chains(states, hidden, lengths)
     assert [chain.token_ids for chain in chains] == [chain.token_ids for chain in expected]
     assert [len(chain.token_ids) for chain in chains] == lengths
 
@@ -124,13 +122,12 @@ def test_near_greedy_sampling_grows_the_greedy_tree(
     drafted: tuple[SpeculativeDecoder, list[SequenceState], torch.Tensor],
 ) -> None:
     decoder, states, hidden = drafted
-    assert decoder.proposer is not None
     shape = {"top_k": 4, "depth": 4, "num_nodes": 12}
     settings = [SamplingParams(top_k=1), SamplingParams(temperature=0.1), SamplingParams(temperature=0.0)]
     trees = []
     for sampling in settings:
         for state in states:
             state.sampling = sampling
-        trees.append(decoder.proposer.propose_trees(states, hidden, **shape))
+        trees.append(proposer_of(decoder).propose_trees(states, hidden, **shape))
     *nearly, greedy = [[paths_of(proposal) for proposal in tree] for tree in trees]
     assert nearly == [greedy, greedy]

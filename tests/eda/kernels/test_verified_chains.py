@@ -4,20 +4,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from markov import (
+from torch import Tensor
+
+from eda.backends.eager.verifier import RulesVerifier
+from eda.kernels.verification import CpuVerifier, can_verify, verify_chains
+from eda.processors import LogitsContext, process_logits
+from eda.proposal import Proposal
+from eda.sampling import SamplingParams
+from eda.verification import Verdict, VerificationRow
+from tests.support.markov import (
     chain_drafter,
     chi_square_p_value,
     decode,
     exact_joint,
+    lines_of,
     no_drafter,
     random_table,
 )
-from torch import Tensor
-
-from eda.kernels.verification import can_verify, verify_chains
-from eda.processors import LogitsContext, process_logits
-from eda.sampling import SamplingParams
-from eda.verification import Proposal, Verdict, VerificationRow, verify
 
 pytestmark = pytest.mark.usefixtures("_needs_kernels")
 
@@ -147,11 +150,10 @@ def test_all_uniforms_give_the_target_s_distribution() -> None:
 
 
 def both_ways(logits: Tensor, rows: list[VerificationRow], seed: int) -> tuple[list[Verdict], list[Verdict]]:
-    found = [
-        verify(logits, rows, torch.Generator().manual_seed(seed), in_kernel=in_kernel)
-        for in_kernel in (True, False)
-    ]
-    return found[0], found[1]
+    quick, slow = (torch.Generator().manual_seed(seed) for _ in range(2))
+    lines = lines_of(logits, rows)
+    verifier = CpuVerifier(RulesVerifier(quick), quick)
+    return verifier.verify(rows, lines), RulesVerifier(slow).verify(rows, lines)
 
 
 @pytest.mark.parametrize("params", SETTINGS.values(), ids=SETTINGS.keys())

@@ -1,12 +1,8 @@
 """What tests of recorded passes share."""
 
-import sys
-from pathlib import Path
-
 import pytest
-from reference_family import Family, make_family
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # passes.py, also when only this folder is collected
+from tests.support.reference_family import Family, make_family
 
 
 @pytest.fixture(scope="session")

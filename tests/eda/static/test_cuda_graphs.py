@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from graph_decoding import (
+
+from eda.backends.loading import load_fine_tune, load_target
+from eda.draft import DraftModel
+from eda.kinds import Speculation
+from eda.speculative import SequenceState, SpeculativeDecoder
+from eda.static.replay import CudaGraphBackend, GraphCache
+from eda.target import FineTune
+from tests.support.graph_decoding import (
     CHAIN,
     PLAIN,
     TREE,
@@ -21,12 +28,7 @@ from graph_decoding import (
     random_private,
     recording,
 )
-from reference_family import Family
-
-from eda.draft import DraftModel
-from eda.speculative import SequenceState, Speculation, SpeculativeDecoder
-from eda.static.replay import CudaGraphBackend, GraphCache
-from eda.target import FineTune, TargetModel, load_fine_tune
+from tests.support.reference_family import Family
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -117,7 +119,7 @@ def test_the_installed_torch_takes_the_arguments() -> None:
 
 def on_gpu(family: Family, dtype: torch.dtype = torch.float32) -> Family:
     """The same family on the GPU."""
-    base = TargetModel.load(family.paths["base"], dtype=dtype, device="cuda")
+    base = load_target(family.paths["base"], dtype=dtype, device="cuda")
     fine_tunes = {"base": FineTune("base", base)}
     fine_tunes |= {
         name: load_fine_tune(family.paths[name], base, name) for name in ("math", "code", "medical")
@@ -139,7 +141,7 @@ def test_cuda_graphs_give_the_reference_text(family: Family, model: str, specula
     expected = expected_texts(family, cases, 20)
     for batch_size in (1, 3):
         graphs = recording(CudaGraphBackend(there.base.device))
-        decoder = SpeculativeDecoder(there.base, there.draft, num_slots=256, graphs=graphs)
+        decoder = SpeculativeDecoder.for_models(there.base, there.draft, num_slots=256, graphs=graphs)
         assert decode(decoder, there, cases, 20, batch_size=batch_size) == expected
         assert graphs.stats.failed == graphs.stats.declined == 0
         assert graphs.stats.replayed > graphs.stats.captured
@@ -155,7 +157,7 @@ def test_cuda_graphs_in_mixed_batches_and_with_few_of_them(family: Family) -> No
     for case in cases:
         case.private, case.speculation = rng.choice(privates), rng.choice([PLAIN, CHAIN, TREE])
     graphs = recording(CudaGraphBackend(there.base.device), max_graphs=8)
-    decoder = SpeculativeDecoder(there.base, there.draft, num_slots=1024, graphs=graphs)
+    decoder = SpeculativeDecoder.for_models(there.base, there.draft, num_slots=1024, graphs=graphs)
     assert decode(decoder, there, cases, 12, batch_size=5, prefill_chunk=5) == expected_texts(
         family, cases, 12
     )
@@ -168,14 +170,14 @@ def test_no_step_waits_but_to_read_drafted_and_accepted_tokens(family: Family) -
     """torch's own watch on waits: reads are allowed in one place each, so a step warns at most twice."""
     there = on_gpu(family)
     graphs = GraphCache(CudaGraphBackend(there.base.device), capture_after=1)
-    decoder = SpeculativeDecoder(there.base, there.draft, num_slots=256, graphs=graphs)
+    decoder = SpeculativeDecoder.for_models(there.base, there.draft, num_slots=256, graphs=graphs)
     waits: list[int] = []
 
-    def after_step(states: list[SequenceState]) -> None:
+    def wait(place: int, tokens: list[int]) -> None:
         torch.cuda.synchronize()
 
     cases = [Case("base", [5, 6, 7])]
-    decode(decoder, there, cases, 30, after_step=after_step)  # records everything
+    decode(decoder, there, cases, 30, on_tokens=wait)  # records everything
     import warnings
 
     from eda.speculative import ScheduledRow
@@ -230,7 +232,7 @@ def test_bfloat16_rounds_on_a_gpu_stay_near_the_argmax(family: Family) -> None:
     cases = random_cases(family, ["base"], 6, seed=9)
     for case, speculation in zip(cases, [CHAIN, TREE] * 3, strict=True):
         case.speculation = speculation
-    decoder = SpeculativeDecoder(
+    decoder = SpeculativeDecoder.for_models(
         there.base, there.draft, num_slots=256, graphs=recording(CudaGraphBackend(there.base.device))
     )
     outputs = decode(decoder, there, cases, 12)

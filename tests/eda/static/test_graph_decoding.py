@@ -2,11 +2,16 @@
 again on the same buffers, so everything but CUDA's own part is what runs on a GPU."""
 
 import random
-from pathlib import Path
 
 import pytest
 import torch
-from graph_decoding import (
+
+from eda.drafting import Reading
+from eda.kinds import Chain, Speculation
+from eda.sampling import SamplingParams
+from eda.speculative import ScheduledRow, SpeculativeDecoder
+from tests.support.backends import eager_proposer_of, layer_of, proposer_of
+from tests.support.graph_decoding import (
     CHAIN,
     PLAIN,
     TREE,
@@ -18,10 +23,7 @@ from graph_decoding import (
     recording,
     state_of,
 )
-from reference_family import Family
-
-from eda.sampling import SamplingParams
-from eda.speculative import ScheduledRow, Speculation, SpeculativeDecoder
+from tests.support.reference_family import Family
 
 MODELS = ("base", "math", "code", "medical")
 
@@ -40,7 +42,7 @@ def test_one_domain_equals_the_reference(
     expected = expected_texts(family, cases, 20)
     for batch_size in (1, 3):
         graphs = recording()
-        decoder = SpeculativeDecoder(family.base, family.draft, num_slots=256, graphs=graphs)
+        decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=256, graphs=graphs)
         assert decode(decoder, family, cases, 20, batch_size=batch_size) == expected
         assert graphs.stats.replayed > graphs.stats.captured > 0
         assert graphs.stats.failed == graphs.stats.declined == 0
@@ -58,12 +60,12 @@ def test_mixed_batches_equal_the_reference(family: Family) -> None:
     rng = random.Random(2)
     cases = random_cases(family, MODELS, 120, seed=3)
     privates = [None, *(random_private(family.draft, seed, rank=seed) for seed in range(3))]
-    modes = [PLAIN, CHAIN, TREE, Speculation("chain", num_speculative_tokens=1), Speculation("chain", 7)]
+    modes = [PLAIN, CHAIN, TREE, Chain(1), Chain(7)]
     for case in cases:
         case.private, case.speculation = rng.choice(privates), rng.choice(modes)
     expected = expected_texts(family, cases, 12)
     graphs = recording(max_graphs=40)
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=1024, graphs=graphs)
+    decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=1024, graphs=graphs)
     outputs = decode(decoder, family, cases, 12, batch_size=5, prefill_chunk=5)
     for case, output, reference in zip(cases, outputs, expected, strict=True):
         assert output == reference, case.model
@@ -76,8 +78,8 @@ def test_adjacent_sequences_are_never_touched(family: Family) -> None:
     and the cache is as full as it can be."""
     graphs = recording()
     cases = random_cases(family, ["base"], 6, seed=5)
-    longest = Speculation("chain", num_speculative_tokens=7)
-    short = Speculation("chain", num_speculative_tokens=1)
+    longest = Chain(7)
+    short = Chain(1)
     chosen = [longest, short, longest, TREE, longest, short]
     for case, speculation in zip(cases, chosen, strict=True):
         case.speculation = speculation
@@ -85,8 +87,7 @@ def test_adjacent_sequences_are_never_touched(family: Family) -> None:
     lengths = [30 if case.speculation is longest else 9 for case in cases]
     states = [state_of(family, case, length) for case, length in zip(cases, lengths, strict=True)]
     needed = sum(state.max_length + state.speculation.slots for state in states)
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=needed, graphs=graphs)
-    assert decoder.proposer is not None
+    decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=needed, graphs=graphs)
     for state in states:
         decoder.admit(state)
     assert decoder.cache.allocator.num_free == 0
@@ -112,8 +113,7 @@ def test_adjacent_sequences_are_never_touched(family: Family) -> None:
 
 def _slots(decoder: SpeculativeDecoder, state: object) -> list[torch.Tensor]:
     extent = state.extent  # type: ignore[attr-defined]
-    assert decoder.proposer is not None
-    caches = (decoder.cache, decoder.proposer.cache)
+    caches = (decoder.cache, layer_of(decoder).cache)
     span = slice(extent.start, extent.start + extent.capacity)
     return [part[:, :, span].clone() for cache in caches for part in (cache.keys, cache.values)]
 
@@ -122,9 +122,8 @@ def test_a_broken_companion_harms_nobody(family: Family) -> None:
     """Slots and padding around a sequence hold NaN, as a fine-tune that overflows would leave them."""
     [case] = random_cases(family, ["base"], 1, seed=6)
     expected = expected_texts(family, [case], 20)
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=256, graphs=recording())
-    assert decoder.proposer is not None
-    for cache in (decoder.cache, decoder.proposer.cache):
+    decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=256, graphs=recording())
+    for cache in (decoder.cache, layer_of(decoder).cache):
         cache.keys.fill_(float("nan"))
         cache.values.fill_(float("nan"))
     for speculation in (PLAIN, CHAIN, TREE):
@@ -145,7 +144,7 @@ def test_a_seeded_request_gives_the_same_text_as_without_recordings(family: Fami
         )
     texts = []
     for graphs in ("off", recording()):
-        decoder = SpeculativeDecoder(family.base, family.draft, num_slots=512, graphs=graphs)
+        decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=512, graphs=graphs)
         texts.append(decode(decoder, family, cases, 16))
     assert texts[0] == texts[1]
 
@@ -156,23 +155,22 @@ def test_replayed_chains_are_those_of_the_loop(
     family: Family, reads_once: bool, min_probability: float
 ) -> None:
     """Greedy chains, ended by their probability: drafted token by token, in full without a look, and replayed."""
-    speculation = Speculation("chain", num_speculative_tokens=6, min_probability=min_probability)
+    speculation = Chain(6, min_probability=min_probability)
     cases = [
         Case("base", [3, 5, 8, 13], speculation=speculation),
-        Case("base", [2, 7], speculation=Speculation("chain", 2, min_probability=min_probability)),
+        Case("base", [2, 7], speculation=Chain(2, min_probability=min_probability)),
     ]
     drafted: list[list[list[int]]] = []
     for graphs in ("off", recording()):
-        decoder = SpeculativeDecoder(family.base, family.draft, num_slots=128, graphs=graphs)
-        proposer = decoder.proposer
-        assert proposer is not None
-        proposer.reads_once = reads_once
+        decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=128, graphs=graphs)
+        eager_proposer_of(decoder).reads_once = reads_once
+        proposer = proposer_of(decoder)
         states = [state_of(family, case, 20) for case in cases]
         for state in states:
             decoder.admit(state)
         decoder.step([ScheduledRow(state, state.num_uncomputed) for state in states])
         with torch.inference_mode():
-            hidden, _ = proposer.extend(states)
+            hidden = proposer.extend(Reading.of(states))
             proposals = proposer.propose_chains(states, hidden, [6, 2])
         drafted.append([proposal.token_ids for proposal in proposals])
     assert drafted[0] == drafted[1]
@@ -181,9 +179,10 @@ def test_replayed_chains_are_those_of_the_loop(
 
 def test_sampled_chains_are_drawn_from_what_they_say(family: Family) -> None:
     """The given probabilities are the softmax of the draft's logits, and the drawn tokens follow them."""
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=128, seed=1, graphs=recording())
-    proposer = decoder.proposer
-    assert proposer is not None
+    decoder = SpeculativeDecoder.for_models(
+        family.base, family.draft, num_slots=128, seed=1, graphs=recording()
+    )
+    proposer = proposer_of(decoder)
     case = Case("base", [3, 5, 8], sampling=SamplingParams(temperature=0.7))
     greedy = Case("base", [4, 4])
     states = [state_of(family, each, 20) for each in (case, greedy)]
@@ -191,9 +190,9 @@ def test_sampled_chains_are_drawn_from_what_they_say(family: Family) -> None:
         decoder.admit(state)
     decoder.step([ScheduledRow(state, state.num_uncomputed) for state in states])
     with torch.inference_mode():
-        hidden, _ = proposer.extend(states)
+        hidden = proposer.extend(Reading.of(states))
         draws = [proposer.propose_chains(states, hidden, [2, 2]) for _ in range(2000)]
-        logits = proposer._logits(states, [1, 1], hidden)
+        logits = layer_of(decoder).logits(hidden, states[0].fine_tune)
     expected = (logits[0] / 0.7).softmax(-1)
     ids = family.draft.draft_token_ids
     for sampled, likeliest in draws[:50]:
@@ -213,8 +212,10 @@ def test_sampling_with_recordings_keeps_the_distribution(family: Family) -> None
     """The first two tokens of many samples against plain sampling by the target's own probabilities."""
     prompt = [9, 1, 30]
     first = family.reference_logits("base", prompt)[-1].div(2.0).softmax(-1)
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=1024, seed=3, graphs=recording())
-    case = Case("base", prompt, speculation=Speculation("chain", 2), sampling=SamplingParams(temperature=2.0))
+    decoder = SpeculativeDecoder.for_models(
+        family.base, family.draft, num_slots=1024, seed=3, graphs=recording()
+    )
+    case = Case("base", prompt, speculation=Chain(2), sampling=SamplingParams(temperature=2.0))
     outputs = decode(decoder, family, [case] * 3000, 3, batch_size=16)
     counts = torch.zeros(family.vocab_size, dtype=torch.float64)
     for output in outputs:
@@ -229,20 +230,22 @@ def test_sampling_with_recordings_keeps_the_distribution(family: Family) -> None
     assert bool(((found - second).abs() <= 5 * deviation + 2.0 / len(after)).all())
 
 
-def test_the_choice_is_off_where_it_makes_no_sense(family: Family, tmp_path: Path) -> None:
-    assert SpeculativeDecoder(family.base, family.draft, num_slots=64).graphs is None, "no GPU"
-    assert SpeculativeDecoder(family.base, family.draft, num_slots=64, graphs="off").graphs is None
+def test_the_choice_is_off_where_it_makes_no_sense(family: Family) -> None:
+    for choice, name in (("auto", "torch"), ("off", "torch"), (recording(), "recorded")):
+        decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=64, graphs=choice)
+        assert decoder.backend.name == name, "no GPU"
+        assert bool(decoder.backend.usual_batches) is (name == "recorded")
 
 
 @pytest.mark.parametrize(
-    ("count", "speculation"), [(1, TREE), (1, CHAIN), (2, CHAIN), (4, Speculation("chain", 2)), (2, PLAIN)]
+    ("count", "speculation"), [(1, TREE), (1, CHAIN), (2, CHAIN), (4, Chain(2)), (2, PLAIN)]
 )
 def test_after_warming_up_no_greedy_round_has_to_wait_for_a_recording(
     family: Family, count: int, speculation: Speculation
 ) -> None:
     """Nothing else would be recorded here, and every pass is a replay."""
     graphs = recording(capture_after=10**9)
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=512, graphs=graphs)
+    decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=512, graphs=graphs)
     assert decoder.warm_up([(count, speculation)]) == len(graphs) > 0
     cases = [Case("base", random_prompt, speculation=speculation) for random_prompt in [[5, 6], [7, 8]] * 2][
         :count
@@ -263,8 +266,6 @@ def test_after_warming_up_no_greedy_round_has_to_wait_for_a_recording(
 
 
 def test_warming_up_a_decoder_without_recordings_does_nothing(family: Family) -> None:
-    assert SpeculativeDecoder(family.base, family.draft, num_slots=64).warm_up([(1, CHAIN)]) == 0
-    alone = SpeculativeDecoder(family.base, num_slots=64, graphs=recording())
-    assert alone.warm_up([(1, CHAIN), (16, CHAIN)], [256]) == 2, (
-        "without a draft there are plain passes alone"
-    )
+    assert SpeculativeDecoder.for_models(family.base, family.draft, num_slots=64).warm_up([(1, CHAIN)]) == 0
+    alone = SpeculativeDecoder.for_models(family.base, num_slots=64, graphs=recording())
+    assert alone.warm_up([(1, CHAIN), (16, CHAIN)]) == 4, "plain passes alone, of two lengths each"

@@ -11,16 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from graph_decoding import CHAIN, PLAIN, TREE, Case, random_cases, random_private, recording, state_of
-from reference_family import Family
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eda.config import ModelConfig, RopeConfig
 from eda.draft import DraftConfig, DraftModel
+from eda.kinds import Speculation
 from eda.lora import LoraAdapter, LoraLayer, LowRank, LowRankBlock
 from eda.sampling import SamplingParams
-from eda.speculative import ScheduledRow, Speculation, SpeculativeDecoder
+from eda.speculative import ScheduledRow, SpeculativeDecoder
 from eda.static.draft_functions import (
     ChainBuffers,
     DraftOwners,
@@ -33,6 +32,18 @@ from eda.static.draft_functions import (
 from eda.static.shapes import Inputs
 from eda.static.target_pass import target_function
 from eda.target import FineTune, TargetModel
+from tests.support.backends import eager_proposer_of
+from tests.support.graph_decoding import (
+    CHAIN,
+    PLAIN,
+    TREE,
+    Case,
+    random_cases,
+    random_private,
+    recording,
+    state_of,
+)
+from tests.support.reference_family import Family
 
 _aten = torch.ops.aten
 READS_VALUES = {
@@ -116,7 +127,6 @@ def on_meta() -> tuple[TargetModel, DraftModel]:
     draft = DraftModel(draft_config, torch.arange(60)).to("meta").requires_grad_(False)
     with torch.device("meta"):
         target = TargetModel(config)
-    target.tap_layers = (0, 1, 3)
     return target, draft
 
 
@@ -169,7 +179,9 @@ def meta_functions() -> dict[str, Callable[[], None]]:
         }
         shapes |= dict.fromkeys(("starts", "contexts", "lengths"), (2,))
         logits, features = empty(6, 96, device=META), empty(6, 96, device=META)
-        functions[name] = target_function(target, adapter, cache, meta_inputs(shapes), logits, features, 256)
+        functions[name] = target_function(
+            target, adapter, cache, meta_inputs(shapes), logits, features, 256, (0, 1, 3)
+        )
     for name, adapter, module in (("", None, None), (" with a LoRA and a private module", lora, private)):
         fine_tune = FineTune("x", target, adapter)
         owners = DraftOwners.of(fine_tune, module)
@@ -274,9 +286,8 @@ def count_reads() -> Iterator[list[str]]:
 def reads_per_step(
     family: Family, cases: Sequence[Case], graphs: Any, *, reads_once: bool
 ) -> list[list[str]]:
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=512, graphs=graphs)
-    assert decoder.proposer is not None
-    decoder.proposer.reads_once = reads_once
+    decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=512, graphs=graphs)
+    eager_proposer_of(decoder).reads_once = reads_once
     states = [state_of(family, case, 40) for case in cases]
     for state in states:
         decoder.admit(state)

@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from graph_decoding import (
+from torch import Tensor
+
+from eda.backends.loading import load_fine_tune
+from eda.speculative import SpeculativeDecoder
+from eda.static.replay import MAX_FAILURES, GraphCache, Replay, RerunBackend, _check_same
+from tests.support.graph_decoding import (
     CHAIN,
     PLAIN,
     TREE,
@@ -19,12 +24,7 @@ from graph_decoding import (
     random_private,
     recording,
 )
-from reference_family import Family
-from torch import Tensor
-
-from eda.speculative import SpeculativeDecoder
-from eda.static.replay import MAX_FAILURES, GraphCache, Replay, RerunBackend, _check_same
-from eda.target import load_fine_tune
+from tests.support.reference_family import Family
 
 
 class Owner:
@@ -91,7 +91,7 @@ def test_recordings_go_with_whatever_they_are_for() -> None:
 def test_an_unloaded_fine_tune_and_private_module_are_freed_with_their_recordings(family: Family) -> None:
     """Recordings keep neither a LoRA nor a private module nor a full fine-tune alive."""
     graphs = recording()
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=256, graphs=graphs)
+    decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=256, graphs=graphs)
     decode(decoder, family, random_cases(family, ["base"], 1, seed=1), 8)
     kept = len(graphs)
     for name in ("code", "math", "medical"):
@@ -120,7 +120,7 @@ def test_what_cannot_be_recorded_runs_operation_by_operation(
     cases = random_cases(family, ["base"], 6, seed=4)
     for case, speculation in zip(cases, [PLAIN, CHAIN, TREE] * 2, strict=True):
         case.speculation = speculation
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=256, graphs=graphs)
+    decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=256, graphs=graphs)
     with caplog.at_level(logging.WARNING):
         outputs = decode(decoder, family, cases, 16)
     assert outputs == expected_texts(family, cases, 16)
@@ -157,7 +157,7 @@ def test_a_failure_in_the_middle_of_a_recording_leaves_nothing_behind(family: Fa
             return super().capture(function, outputs)
 
     cases = random_cases(family, ["code"], 3, seed=6)
-    decoder = SpeculativeDecoder(
+    decoder = SpeculativeDecoder.for_models(
         family.base, family.draft, num_slots=256, graphs=recording(Late(RuntimeError("late")))
     )
     assert decode(decoder, family, cases, 16) == expected_texts(family, cases, 16)
@@ -185,7 +185,7 @@ def test_few_recordings_serve_many_shapes_by_turns(family: Family) -> None:
     """With room for three recordings every step drops some, and the text stays."""
     cases = random_cases(family, ["base", "code"], 8, seed=9)
     graphs = recording(max_graphs=3)
-    decoder = SpeculativeDecoder(family.base, family.draft, num_slots=512, graphs=graphs)
+    decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=512, graphs=graphs)
     assert decode(decoder, family, cases, 16, batch_size=3) == expected_texts(family, cases, 16)
     assert len(graphs) == 3
     assert graphs.stats.dropped > 3

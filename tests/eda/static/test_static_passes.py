@@ -6,19 +6,26 @@ from typing import Any
 
 import pytest
 import torch
-from graph_decoding import CHAIN, Case, random_private, recording, state_of
-from passes import Row, assert_equal_logits, random_tokens, reference, reference_logits, run
-from reference_family import Family
-from tiny import ARCHITECTURES, tiny_lora, tiny_target
 from torch import Tensor
 
+from eda.answers import Logits, Need
 from eda.attention import AttentionRow, PackedBatch
+from eda.backends.base import PassPlan
+from eda.backends.eager.target import EagerTarget
+from eda.backends.loading import load_target
+from eda.drafting import Reading
 from eda.kv_cache import KVCache
 from eda.lora import LoraAdapter, LoraSegment
+from eda.packing import PassRow
 from eda.speculative import ScheduledRow, SpeculativeDecoder
 from eda.static.shapes import MAX_KEYS, MAX_TOKENS, SMALLEST_KEYS, Inputs, num_keys, round_up
-from eda.static.target_pass import TargetPasses, TargetRow
+from eda.static.target_pass import RecordedTarget
 from eda.target import TargetModel
+from tests.support.backends import proposer_of
+from tests.support.graph_decoding import CHAIN, Case, random_private, recording, state_of
+from tests.support.passes import Row, assert_equal_logits, random_tokens, reference, reference_logits, run
+from tests.support.reference_family import Family
+from tests.support.tiny import ARCHITECTURES, tiny_lora, tiny_target
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "llama": {
@@ -33,16 +40,20 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
-def passes_of(model: TargetModel, num_slots: int) -> tuple[KVCache, TargetPasses]:
+TAPS = (1, 2, 3)
+PLAN = PassPlan(Need.LOGITS, TAPS)
+
+
+def passes_of(model: TargetModel, num_slots: int) -> tuple[KVCache, RecordedTarget]:
     cache = model.new_cache(num_slots + MAX_TOKENS)
     scratch = cache.withhold(MAX_TOKENS)
     assert scratch == cache.num_slots == num_slots
     cache.keys.normal_()  # what other sequences have left behind
     cache.values.normal_()
-    return cache, TargetPasses(cache, scratch, recording(), with_features=True)
+    return cache, RecordedTarget(EagerTarget(cache), cache, scratch, recording(), taps=TAPS)
 
 
-def static_row(row: Row, first_wanted: int = 0) -> TargetRow:
+def static_row(row: Row, first_wanted: int = 0) -> PassRow:
     count, past = len(row.tokens), row.extent.length
     mask, positions = None, list(range(past, past + count))
     if row.parents is not None:
@@ -54,22 +65,21 @@ def static_row(row: Row, first_wanted: int = 0) -> TargetRow:
             positions[node] = past + int(mask[node].sum()) - 1
     lengths = [max(row.prompt_length, position + 1) for position in positions]
     seen = None if mask is None else mask.int().tolist()
-    return TargetRow(row.tokens, positions, lengths, row.extent.start, past, seen, first_wanted)
+    return PassRow(row.tokens, positions, lengths, row.extent.start, past, seen, first_wanted, row.lora)
 
 
-def replay(passes: TargetPasses, model: TargetModel, rows: list[Row]) -> tuple[list[Tensor], list[Tensor]]:
+def replay(passes: RecordedTarget, model: TargetModel, rows: list[Row]) -> tuple[list[Tensor], list[Tensor]]:
     """Logits and features of each row; grows the extents (not for trees)."""
-    lora = rows[0].lora
     with torch.inference_mode():
-        output = passes.run(model, lora, [static_row(row) for row in rows])
+        output = passes.replay(model, [static_row(row) for row in rows], PLAN)
     assert output is not None
-    assert output.logits is not None
+    assert isinstance(output.answer, Logits)
     assert output.features is not None
     sizes = [len(row.tokens) for row in rows]
     for row in rows:
         if row.parents is None:
             row.extent.length += len(row.tokens)
-    return list(output.logits.split(sizes)), list(output.features.split(sizes))
+    return list(output.answer.values.split(sizes)), list(output.features.split(sizes))
 
 
 @pytest.mark.parametrize("special", [False, True], ids=["plain", "special"])
@@ -77,7 +87,7 @@ def replay(passes: TargetPasses, model: TargetModel, rows: list[Row]) -> tuple[l
 def test_padded_passes_equal_transformers(tmp_path: Path, architecture: str, special: bool) -> None:
     """Rows of 1 to 3 tokens, three in a pass of four: windows, biases, norms and dynamic rope included."""
     path = tiny_target(tmp_path, architecture, **(SPECIAL[architecture] if special else {}))
-    model = TargetModel.load(path, dtype=torch.float32)
+    model = load_target(path, dtype=torch.float32)
     cache, passes = passes_of(model, 200)
     cache.allocator.allocate(3)
     prompts = [random_tokens(count, seed=count) for count in (19, 1, 11)]
@@ -112,7 +122,7 @@ def test_padded_passes_equal_transformers(tmp_path: Path, architecture: str, spe
 def test_trees_and_features_equal_the_packed_pass(tmp_path: Path, with_lora: bool) -> None:
     """Two trees and a chain in one pass, with windows and a LoRA of every layer, the embeddings and the head."""
     path = tiny_target(tmp_path / "base", "qwen2", **SPECIAL["qwen2"])
-    model = TargetModel.load(path, dtype=torch.float32)
+    model = load_target(path, dtype=torch.float32)
     lora = None
     if with_lora:
         targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
@@ -138,13 +148,13 @@ def test_trees_and_features_equal_the_packed_pass(tmp_path: Path, with_lora: boo
     packed = PackedBatch(places, places, [AttentionRow(0, size, 0, size)])
     segments = [] if lora is None else [LoraSegment(lora, 0, size)]
     with torch.inference_mode():
-        whole = model(tokens, packed, model.new_cache(size), segments).features
+        whole = model(tokens, packed, model.new_cache(size), segments, taps=TAPS).features
     assert whole is not None
     assert_equal_logits(features[2], whole[11:], 1e-5)
 
 
 def test_only_new_slots_and_scratch_are_written(tmp_path: Path) -> None:
-    model = TargetModel.load(tiny_target(tmp_path), dtype=torch.float32)
+    model = load_target(tiny_target(tmp_path), dtype=torch.float32)
     cache, passes = passes_of(model, 160)
     extents = [cache.allocator.allocate(40) for _ in range(3)]
     run(model, cache, [Row(extent, random_tokens(7, at)) for at, extent in enumerate(extents)])
@@ -173,15 +183,14 @@ def test_the_draft_reads_and_drafts_as_without_recordings(family: Family, model:
     cases = [Case(model, random_tokens(5 + at, at, family.vocab_size), private, CHAIN) for at in range(count)]
     outputs: list[list[Any]] = []
     for graphs in ("off", recording()):
-        decoder = SpeculativeDecoder(family.base, family.draft, num_slots=256, graphs=graphs)
-        proposer = decoder.proposer
-        assert proposer is not None
+        decoder = SpeculativeDecoder.for_models(family.base, family.draft, num_slots=256, graphs=graphs)
+        proposer = proposer_of(decoder)
         states = [state_of(family, case, 30) for case in cases]
         for state in states:
             decoder.admit(state)
         decoder.step([ScheduledRow(state, state.num_uncomputed) for state in states])
         with torch.inference_mode():
-            hidden, _ = proposer.extend(states)
+            hidden = proposer.extend(Reading.of(states))
             chains = proposer.propose_chains(states, hidden, [5] * count)
             trees = proposer.propose_trees(states, hidden, top_k=3, depth=4, num_nodes=9)
         outputs.append([hidden, [c.token_ids for c in chains], [(t.token_ids, t.parents) for t in trees]])
@@ -210,12 +219,12 @@ def test_inputs_keep_their_places_and_refuse_what_does_not_fit() -> None:
 
 
 def test_what_is_too_large_is_left_to_the_packed_pass(tmp_path: Path) -> None:
-    model = TargetModel.load(tiny_target(tmp_path), dtype=torch.float32)
+    model = load_target(tiny_target(tmp_path), dtype=torch.float32)
     cache, passes = passes_of(model, 300)
     extents = [cache.allocator.allocate(10) for _ in range(17)]
     rows = [static_row(Row(extent, [1])) for extent in extents]
-    assert passes.run(model, None, rows) is None, "17 sequences"
-    assert passes.run(model, None, [static_row(Row(extents[0], [1] * 34))]) is None, "34 tokens"
-    assert passes.run(model, None, [replace(rows[0], context=MAX_KEYS)]) is None, "too many keys"
-    assert not TargetPasses.takes(16, 5)
-    assert TargetPasses.takes(16, 4)
+    assert passes.replay(model, rows, PLAN) is None, "17 sequences"
+    assert passes.replay(model, [static_row(Row(extents[0], [1] * 34))], PLAN) is None, "34 tokens"
+    assert passes.replay(model, [replace(rows[0], context=MAX_KEYS)], PLAN) is None, "too many keys"
+    assert not RecordedTarget.takes(16, 5)
+    assert RecordedTarget.takes(16, 4)

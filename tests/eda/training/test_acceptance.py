@@ -2,17 +2,18 @@
 
 import pytest
 import torch
-from toys import VOCABULARY, dataset_of, new_draft, random_target, spread
 
 from eda.generation import GenerationRequest, generate
+from eda.kinds import Chain
 from eda.private import PrivateModule
 from eda.sampling import SamplingParams
-from eda.speculative import Speculation, SpeculativeDecoder
+from eda.speculative import SpeculativeDecoder
 from eda.target import FineTune
 from eda.training.acceptance import simulate_acceptance, walk_rounds
 from eda.training.samples import Sample
 from eda.training.trainees import shared_trainee
 from eda.training.trainer import TrainingConfig, train
+from tests.support.toys import VOCABULARY, dataset_of, new_draft, random_target, spread
 
 
 @pytest.mark.parametrize("with_private", [False, True])
@@ -26,13 +27,13 @@ def test_equals_the_decoders_acceptance_length(with_private: bool) -> None:
     ]
 
     def decode(private: PrivateModule | None, length: int) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        decoder = SpeculativeDecoder(target, draft, num_slots=600)
+        decoder = SpeculativeDecoder.for_models(target, draft, num_slots=600)
         requests = [
             GenerationRequest(
                 prompt,
                 40,
                 sampling=SamplingParams(temperature=0.0),
-                speculation=Speculation("chain", length),
+                speculation=Chain(length),
                 private=private,
             )
             for prompt in prompts

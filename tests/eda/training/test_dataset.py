@@ -1,19 +1,19 @@
 """Target states, batches and their masks."""
 
 import torch
-from toys import dataset_of, random_samples, random_target, whole_logits
 
-from eda.target import FineTune
+from eda.target import FineTune, default_tap_layers
 from eda.training.samples import Sample
 from eda.training.target_states import StateCache, compute_states
+from tests.support.toys import dataset_of, random_samples, random_target, whole_logits
+
+TAPS = default_tap_layers(4)
 
 
 def test_states_are_those_of_the_whole_sequence() -> None:
     target = random_target()
     samples = random_samples(4)
-    for sample, state in zip(
-        samples, compute_states(FineTune("toy", target), samples, target.tap_layers), strict=True
-    ):
+    for sample, state in zip(samples, compute_states(FineTune("toy", target), samples, TAPS), strict=True):
         logits = whole_logits(target, [*sample.prompt_ids, *sample.response_ids])
         start = len(sample.prompt_ids)
         judged = logits[start : start + sample.num_roots]
@@ -23,13 +23,12 @@ def test_states_are_those_of_the_whole_sequence() -> None:
         assert state.features.shape == (sample.length - 2, 3 * 32)
 
 
-def test_features_are_tapped_where_the_draft_wants_them_whatever_the_model_did_before() -> None:
+def test_features_are_tapped_where_the_draft_wants_them() -> None:
     target, samples = random_target(), random_samples(2)
     fine_tune, wanted = FineTune("toy", target), (0, 1, 2)
     expected = [state.features for state in StateCache(fine_tune, samples, wanted).get([0, 1])]
-    target.tap_layers = (2, 1, 0)
-    found = [state.features for state in StateCache(fine_tune, samples, wanted).get([0, 1])]
     other = [state.features for state in StateCache(fine_tune, samples, (2, 1, 0)).get([0, 1])]
+    found = [state.features for state in StateCache(fine_tune, samples, wanted).get([0, 1])]
     for right, mine, turned in zip(expected, found, other, strict=True):
         assert torch.equal(right, mine)
         assert not torch.equal(right, turned)
@@ -37,12 +36,10 @@ def test_features_are_tapped_where_the_draft_wants_them_whatever_the_model_did_b
 
 def test_what_exceeds_the_memory_budget_is_computed_again_and_equal() -> None:
     target, samples = random_target(), random_samples(12)
-    whole = StateCache(FineTune("toy", target), samples, target.tap_layers)
+    whole = StateCache(FineTune("toy", target), samples, TAPS)
     first = whole.get(range(12))
     budget = whole.used_bytes // 3
-    small = StateCache(
-        FineTune("toy", target), samples, target.tap_layers, memory_bytes=budget, pack_tokens=20
-    )
+    small = StateCache(FineTune("toy", target), samples, TAPS, memory_bytes=budget, pack_tokens=20)
     for _ in range(2):
         for mine, theirs in zip(small.get(range(12)), first, strict=True):
             torch.testing.assert_close(mine.features, theirs.features, rtol=1e-2, atol=1e-2)
@@ -52,7 +49,7 @@ def test_what_exceeds_the_memory_budget_is_computed_again_and_equal() -> None:
 
 def test_kept_states_lie_together() -> None:
     target, samples = random_target(), random_samples(12)
-    cache = StateCache(FineTune("toy", target), samples, target.tap_layers, pack_tokens=20)
+    cache = StateCache(FineTune("toy", target), samples, TAPS, pack_tokens=20)
     computed = cache.get(range(12))
     kept = cache.get(range(12))
     for mine, theirs in zip(computed, kept, strict=True):

@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
-from toys import byte_chat
 
 from eda.errors import CheckpointError, DataError
 from eda.training.prompts import ChatFormat, prompts_from_strings, read_prompts, read_texts, split_held_out
+from tests.support.toys import byte_chat
 
 
 def write_lines(path: Path, *rows: object) -> Path:

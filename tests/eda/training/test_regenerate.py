@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from toys import byte_chat, random_target
 
 from eda.errors import DataError, TrainingError
 from eda.speculative import SpeculativeDecoder
@@ -15,6 +14,7 @@ from eda.training.prompts import prompts_from_strings
 from eda.training.regenerate import SAMPLES_FILE, RegenerationConfig, is_sampled, regenerate
 from eda.training.samples import read_samples
 from eda.training.self_prompts import ATTEMPTS_FILE, SelfPromptConfig, write_own_prompts
+from tests.support.toys import byte_chat, random_target
 
 CONFIG = RegenerationConfig(max_tokens=8, max_prompt_tokens=60, sampled_share=0.5, batch_size=4)
 
@@ -26,7 +26,7 @@ def fine_tune() -> FineTune:
 
 @pytest.fixture
 def decoder(fine_tune: FineTune) -> SpeculativeDecoder:
-    return SpeculativeDecoder(fine_tune.model, num_slots=1000)
+    return SpeculativeDecoder.for_models(fine_tune.model, num_slots=1000)
 
 
 PROMPTS = prompts_from_strings([f"say {number}" for number in range(10)])

@@ -2,15 +2,6 @@
 
 import pytest
 import torch
-from toys import (
-    cyclic_samples,
-    cyclic_target,
-    dataset_of,
-    new_draft,
-    random_samples,
-    random_target,
-    whole_logits,
-)
 
 from eda.errors import EdaError
 from eda.target import FineTune
@@ -20,6 +11,15 @@ from eda.training.scores import SCORES
 from eda.training.selection import score_samples, select
 from eda.training.trainees import shared_trainee
 from eda.training.trainer import TrainingConfig, train
+from tests.support.toys import (
+    cyclic_samples,
+    cyclic_target,
+    dataset_of,
+    new_draft,
+    random_samples,
+    random_target,
+    whole_logits,
+)
 
 
 def test_a_fine_tune_that_is_the_base_has_not_shifted() -> None:

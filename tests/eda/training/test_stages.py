@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys import byte_chat, new_draft, random_target, weights_of
 
 from eda.draft import DraftModel
+from eda.kinds import Chain
 from eda.private import PrivateModule
-from eda.speculative import Speculation, SpeculativeDecoder
+from eda.speculative import SpeculativeDecoder
 from eda.target import FineTune
 from eda.training.evaluate import EvaluationConfig, Variant, evaluate, loops
 from eda.training.private_module import PrivateTrainingConfig, train_private_module
@@ -22,6 +22,7 @@ from eda.training.shared_draft import SharedDraftConfig, text_samples, train_sha
 from eda.training.trainer import TrainingConfig
 from eda.training.triage import triage
 from eda.training.vocabulary import choose_draft_vocabulary
+from tests.support.toys import byte_chat, new_draft, random_target, weights_of
 
 PROMPTS = prompts_from_strings([f"tell {number}" for number in range(14)])
 ANSWERS = RegenerationConfig(max_tokens=12, max_prompt_tokens=60, sampled_share=0.0, batch_size=4)
@@ -89,7 +90,7 @@ def test_triage_tells_a_harmless_fine_tune_from_a_harmful_one(
     assert report.best_score > 1.0
 
     def decoder(model: FineTune) -> SpeculativeDecoder:
-        return SpeculativeDecoder(model.model, num_slots=1000)
+        return SpeculativeDecoder.for_models(model.model, num_slots=1000)
 
     def run(model: FineTune, name: str) -> tuple[bool, float, str]:
         report = triage(
@@ -112,7 +113,7 @@ def test_a_private_module_is_trained_saved_and_resumed(
     fine_tune: FineTune, chat: ChatFormat, tmp_path: Path
 ) -> None:
     draft = new_draft(fine_tune.model, draft_vocab_size=120)
-    decoder = SpeculativeDecoder(fine_tune.model, num_slots=1000)
+    decoder = SpeculativeDecoder.for_models(fine_tune.model, num_slots=1000)
     samples, _ = regenerate(decoder, fine_tune, PROMPTS, chat, tmp_path / "samples", ANSWERS)
     before = weights_of(draft)
     config = PrivateTrainingConfig(intermediate_size=8, fc_rank=2, training=TRAINING)
@@ -146,13 +147,13 @@ def test_evaluation_measures_every_variant_at_every_temperature(
 ) -> None:
     draft = new_draft(fine_tune.model)
     private = PrivateModule.initialised(draft.config.private_config(8))
-    with_draft = SpeculativeDecoder(fine_tune.model, draft, num_slots=400, seed=0)
+    with_draft = SpeculativeDecoder.for_models(fine_tune.model, draft, num_slots=400, seed=0)
     variants = {
         "plain": Variant(with_draft, speculates=False),
         "shared": Variant(with_draft),
         "adapted": Variant(with_draft, private),
     }
-    config = EvaluationConfig(max_tokens=10, max_prompt_tokens=60, speculation=Speculation("chain", 3))
+    config = EvaluationConfig(max_tokens=10, max_prompt_tokens=60, speculation=Chain(3))
     output = tmp_path / "evaluation.json"
     found = evaluate(fine_tune, variants, PROMPTS[:3], chat, config, output=output)
     assert set(found) == set(variants)

@@ -10,22 +10,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from toys import (
-    cyclic_samples,
-    cyclic_target,
-    dataset_of,
-    new_draft,
-    random_samples,
-    random_target,
-    spread,
-    weights_of,
-)
 
 from eda.errors import DataError, MismatchError, TrainingError
 from eda.private import PrivateModule
 from eda.training import stopwatch, trainer
 from eda.training.acceptance import simulate_acceptance
-from eda.training.checkpoints import TrainingState
 from eda.training.optimizer import MuonAdamW
 from eda.training.progress import StageStoppedError
 from eda.training.trainees import (
@@ -38,6 +27,16 @@ from eda.training.trainees import (
 )
 from eda.training.trainer import TrainingConfig, batch_loss, default_learning_rate, learning_rate, train
 from eda.training.unroll import unroll
+from tests.support.toys import (
+    cyclic_samples,
+    cyclic_target,
+    dataset_of,
+    new_draft,
+    random_samples,
+    random_target,
+    spread,
+    weights_of,
+)
 
 CONFIG = TrainingConfig(
     num_steps=12, batch_size=8, unroll_steps=3, learning_rate=5e-3, evaluate_every=4, patience=None
@@ -296,15 +295,13 @@ def test_lora_on_all_linears_merges_into_a_plain_draft() -> None:
             torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
-def test_patience_counts_measurements_after_the_best() -> None:
-    state = TrainingState(step=9, best_step=3)
-    state.history = [{"step": float(step), "acceptance_length": 1.0} for step in (0, 3, 6, 9)]
+@pytest.mark.parametrize(("patience", "steps"), [(2, [0, 3, 6]), (3, [0, 3, 6, 9]), (None, [0, 3, 6, 9, 12])])
+def test_patience_counts_measurements_after_the_best(patience: int | None, steps: list[int]) -> None:
+    """Hardly any step is taken, so that the first measurement stays the best."""
     data = dataset_of(random_target(), random_samples(4))
-    for patience, expected in ((2, True), (3, False), (None, False)):
-        run = trainer._Run(
-            private_for(), data, data, replace(CONFIG, patience=patience), None, lambda _: None, lambda: False
-        )
-        assert run._out_of_patience(state) is expected
+    config = replace(CONFIG, learning_rate=1e-12, evaluate_every=3, patience=patience)
+    report = train(private_for(), data, data, config)
+    assert [point["step"] for point in report.history] == steps
 
 
 def test_the_rate_warms_up_and_falls_to_zero() -> None:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from narrow import narrow_draft
 from torch import Tensor
 
 from eda.attention import AttentionRow, PackedBatch
@@ -14,6 +13,7 @@ from eda.kernels.draft import DraftHead, DraftKernel
 from eda.kernels.library import DraftRow, Sampling
 from eda.kv_cache import Extent
 from eda.private import PrivateModule, PrivateSegment
+from tests.support.narrow import narrow_draft
 
 NUM_SLOTS = 256
 

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import randomise, tiny_lora, tiny_target
 from torch import Tensor
 
+from eda.backends.loading import load_fine_tune, load_target
 from eda.draft import DraftConfig, DraftModel
+from eda.kernels.body import CpuBody
 from eda.private import PrivateConfig, PrivateModule
-from eda.target import FineTune, TargetModel, TargetOutput, load_fine_tune
+from eda.target import FineTune, TargetModel, TargetOutput
+from tests.support.tiny import randomise, tiny_lora, tiny_target
 
 
 def narrow_target(directory: Path, architecture: str = "llama", **overrides: Any) -> Path:
@@ -57,9 +59,9 @@ def load(path: Path, *, kernel: bool = True) -> TargetModel:
     """The model in bfloat16, on the C++ passes or on torch."""
     with pytest.MonkeyPatch.context() as patch:
         if not kernel:
-            patch.setattr("eda.target.supports", lambda *_: False)
-        model = TargetModel.load(path, dtype=torch.bfloat16)
-    assert model.has_kernel is kernel
+            patch.setattr("eda.backends.loading.supports", lambda *_: False)
+        model = load_target(path, dtype=torch.bfloat16)
+    assert isinstance(model.body, CpuBody) is kernel
     return model
 
 

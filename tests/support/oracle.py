@@ -6,11 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from eda.backends.eager.draft_layer import TorchDraftLayer
 from eda.generation import GenerationRequest, generate
+from eda.kinds import Off
 from eda.proposal import Proposal
-from eda.proposer import Proposer
-from eda.speculative import SequenceState, Speculation, SpeculativeDecoder
-from tests.server.family import Family
+from eda.proposer import EagerProposer
+from eda.speculative import SequenceState, SpeculativeDecoder
+from tests.support.family import Family
 
 
 class Oracle:
@@ -19,13 +21,13 @@ class Oracle:
     def __init__(self, family: Family) -> None:
         self._family = family
         self._known: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-        self._decoder = SpeculativeDecoder(family.target, num_slots=1024)
+        self._decoder = SpeculativeDecoder.for_models(family.target, num_slots=1024)
 
     def continuation(self, model: str, prompt_ids: Sequence[int], count: int = 40) -> list[int]:
         """The first ``count`` tokens, end-of-text tokens not heeded."""
         key = (model, tuple(prompt_ids))
         if len(self._known.get(key, ())) < count:
-            request = GenerationRequest(list(prompt_ids), count, speculation=Speculation("none"))
+            request = GenerationRequest(list(prompt_ids), count, speculation=Off())
             [generation] = generate(self._decoder, self._family.fine_tunes[model], [request])
             self._known[key] = generation.token_ids
         return self._known[key][:count]
@@ -40,12 +42,13 @@ class Oracle:
         return tokenizer.decode(tokens)
 
 
-class OracleProposer(Proposer):
+class OracleProposer(EagerProposer):
     """Proposes the oracle's continuation, spoilt from a random place on for prompts that the oracle was asked about,
     and nonsense for others."""
 
     def __init__(self, family: Family, oracle: Oracle, num_slots: int) -> None:
-        super().__init__(family.draft, num_slots, torch.Generator())
+        layer = TorchDraftLayer(family.draft, family.draft.new_cache(num_slots))
+        super().__init__(family.draft, layer, torch.Generator())
         self._oracle = oracle
         self._random = random.Random(0)
         self.spoils = True

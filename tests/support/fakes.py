@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from eda.errors import CacheFullError
+from eda.kinds import Chain, Speculation
 from eda.kv_cache import Extent
-from eda.speculative import ScheduledRow, SequenceState, Speculation, StepResult
+from eda.speculative import ScheduledRow, SequenceState, StepResult
 from eda.target import FineTune
 from server.engine.detokenizer import IncrementalDetokenizer
 from server.engine.sequence import Sequence as EngineSequence
@@ -78,9 +79,8 @@ class FakeDecoder:
             state.extent.length += row.num_tokens
             return StepResult([])
         room = state.max_length - len(state.token_ids) - 1
-        drafted = (
-            0 if was_prefilling or not state.drafts else min(state.speculation.num_speculative_tokens, room)
-        )
+        drafts = state.drafts and not was_prefilling
+        drafted = state.speculation.fitting(room, 1000) if drafts else 0
         emitted = continuation(state.token_ids, drafted + 1)
         state.extent.length += row.num_tokens + drafted
         state.token_ids.extend(emitted)
@@ -109,7 +109,7 @@ def make_sequence(
         token_ids=list(prompt),
         max_length=len(prompt) + max_tokens,
         fine_tune=FINE_TUNE,
-        speculation=speculation or Speculation("chain", 4),
+        speculation=speculation or Chain(4),
     )
     checker = StopChecker(StopConditions(max_tokens, **conditions), IncrementalDetokenizer(decode_letters))
     return EngineSequence(name, state, checker, options.pop("labels", LABELS), **options)

@@ -10,9 +10,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from eda.backends.loading import load_fine_tune, load_target
 from eda.draft import DraftConfig, DraftModel
 from eda.private import PrivateModule
-from eda.target import FineTune, TargetModel, load_fine_tune
+from eda.target import FineTune, TargetModel
 from eda.tokenizer import TextTokenizer
 from eda.tokenizer_files import load_tokenizer
 
@@ -95,7 +96,7 @@ def save_family(directory: Path) -> Path:
     save_lora(directory / "math", seed=2)
     save_lora(directory / "code", seed=3)
     save_target(directory / "full", seed=4)
-    target = TargetModel.load(directory / "base", dtype=torch.float32)
+    target = load_target(directory / "base", dtype=torch.float32)
     vocab_size = target.config.vocab_size
     config = DraftConfig(
         hidden_size=32,
@@ -135,7 +136,7 @@ class Family:
 
     @classmethod
     def load(cls, directory: Path) -> "Family":
-        target = TargetModel.load(directory / "base", dtype=torch.float32)
+        target = load_target(directory / "base", dtype=torch.float32)
         draft = DraftModel.load(directory / "draft")
         fine_tunes = {"base": FineTune("base", target)}
         for name in ("math", "code", "full"):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from eda.attention import AttentionRow, PackedBatch
 from eda.kv_cache import Extent, KVCache
 from eda.lora import LoraAdapter, LoraSegment
-from eda.target import TargetModel
+from eda.target import TapLayers, TargetModel
 
 
 @dataclass
@@ -27,7 +27,9 @@ class Row:
     """Length at which prompt tokens take their dynamic rotary frequencies."""
 
 
-def run(model: TargetModel, cache: KVCache, rows: Sequence[Row]) -> list[Tensor]:
+def run(
+    model: TargetModel, cache: KVCache, rows: Sequence[Row], taps: TapLayers | None = None
+) -> list[Tensor]:
     """One pass; returns each row's logits ``[n, V]`` and grows the extents (not for trees)."""
     ids: list[int] = []
     positions: list[int] = []
@@ -58,16 +60,21 @@ def run(model: TargetModel, cache: KVCache, rows: Sequence[Row]) -> list[Tensor]
         torch.tensor(positions), torch.tensor(slots), attention_rows, rope_lengths=torch.tensor(lengths)
     )
     with torch.inference_mode():
-        output = model(torch.tensor(ids), batch, cache, segments)
+        output = model(torch.tensor(ids), batch, cache, segments, taps=taps)
         logits = model.logits(output.hidden, segments)
     return list(logits.split([len(row.tokens) for row in rows]))
 
 
-def complete(model: TargetModel, tokens: Sequence[int], lora: LoraAdapter | None = None) -> Tensor:
+def complete(
+    model: TargetModel,
+    tokens: Sequence[int],
+    lora: LoraAdapter | None = None,
+    taps: TapLayers | None = None,
+) -> Tensor:
     """Logits ``[n, V]`` of one pass over a whole sequence in a cache of its own."""
     cache = model.new_cache(len(tokens))
     row = Row(cache.allocator.allocate(len(tokens)), tokens, lora, prompt_length=len(tokens))
-    return run(model, cache, [row])[0]
+    return run(model, cache, [row], taps)[0]
 
 
 def reference(path: Path) -> Any:

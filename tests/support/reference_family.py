@@ -9,8 +9,9 @@ import torch
 import transformers
 from torch import Tensor
 
+from eda.backends.loading import load_fine_tune, load_target
 from eda.draft import DraftConfig, DraftModel
-from eda.target import FineTune, TargetModel, load_fine_tune
+from eda.target import FineTune, TargetModel
 
 VOCAB_SIZE = 96
 DRAFT_VOCAB_SIZE = 60
@@ -108,7 +109,7 @@ def make_family(directory: Path, *, seed: int = 0) -> Family:
     _random_lora(
         paths["base"], paths["medical"], seed + 3, ["k_proj", "o_proj", "gate_proj", "up_proj", "lm_head"]
     )
-    base = TargetModel.load(paths["base"], dtype=torch.float32)
+    base = load_target(paths["base"], dtype=torch.float32)
     config = DraftConfig(
         hidden_size=32,
         intermediate_size=48,

@@ -9,7 +9,7 @@ from torch import Tensor
 from eda.attention import AttentionRow, PackedBatch
 from eda.config import ModelConfig, RopeConfig
 from eda.draft import DraftModel
-from eda.target import FineTune, TargetModel
+from eda.target import FineTune, TargetModel, default_tap_layers
 from eda.training.dataset import Dataset
 from eda.training.prompts import ChatFormat
 from eda.training.samples import Sample
@@ -112,7 +112,8 @@ def whole_logits(target: TargetModel, tokens: list[int]) -> Tensor:
 
 
 def dataset_of(target: TargetModel, samples: list[Sample], memory_bytes: int = 1 << 24) -> Dataset:
-    return Dataset(StateCache(FineTune("toy", target), samples, target.tap_layers, memory_bytes=memory_bytes))
+    taps = default_tap_layers(target.config.num_layers)
+    return Dataset(StateCache(FineTune("toy", target), samples, taps, memory_bytes=memory_bytes))
 
 
 def weights_of(draft: DraftModel) -> dict[str, Tensor]:
@@ -121,6 +122,6 @@ def weights_of(draft: DraftModel) -> dict[str, Tensor]:
 
 def byte_chat(directory: Path) -> ChatFormat:
     """A byte-level tokenizer: ids 0 to 255 are bytes, 256 begins and 257 ends a text."""
-    from tiny import tiny_tokenizer
+    from tests.support.tiny import tiny_tokenizer
 
     return ChatFormat.load(tiny_tokenizer(directory), eos_ids=(257,))

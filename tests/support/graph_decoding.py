@@ -5,21 +5,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from reference_family import Family
 
 from eda.draft import DraftModel
+from eda.generation import GenerationRequest, generate
+from eda.kinds import Chain, Off, Speculation, Tree
 from eda.private import PrivateModule
 from eda.sampling import SamplingParams
-from eda.speculative import ScheduledRow, SequenceState, Speculation, SpeculativeDecoder
-from eda.static.replay import Backend, GraphCache, RerunBackend
+from eda.speculative import SequenceState, SpeculativeDecoder
+from eda.static.replay import GraphCache, Recorder, RerunBackend
+from tests.support.reference_family import Family
 
 GREEDY = SamplingParams(temperature=0.0)
-CHAIN = Speculation("chain", num_speculative_tokens=4)
-TREE = Speculation("tree", num_speculative_tokens=3, tree_top_k=3, tree_num_nodes=8)
-PLAIN = Speculation("none")
+CHAIN = Chain(4)
+TREE = Tree(3, top_k=3, num_nodes=8)
+PLAIN = Off()
 
 
-def recording(backend: Backend | None = None, *, max_graphs: int = 128, capture_after: int = 1) -> GraphCache:
+def recording(
+    backend: Recorder | None = None, *, max_graphs: int = 128, capture_after: int = 1
+) -> GraphCache:
     """A cache of recordings that records at the first time."""
     return GraphCache(backend or RerunBackend(), max_graphs=max_graphs, capture_after=capture_after)
 
@@ -70,30 +74,30 @@ def decode(
     *,
     batch_size: int = 4,
     prefill_chunk: int = 64,
-    after_step: Callable[[list[SequenceState]], None] = lambda states: None,
+    on_tokens: Callable[[int, list[int]], None] | None = None,
 ) -> list[list[int]]:
     """Decodes all cases in one changing batch; sequences join when others leave."""
-    waiting = list(enumerate(cases))
-    running: list[tuple[int, SequenceState]] = []
-    outputs: list[list[int]] = [[] for _ in cases]
-    while waiting or running:
-        while waiting and len(running) < batch_size:
-            at, case = waiting.pop(0)
-            state = state_of(family, case, max_tokens)
-            decoder.admit(state)
-            running.append((at, state))
-        rows = [
-            ScheduledRow(state, min(prefill_chunk, state.num_uncomputed) if state.is_prefilling else 1)
-            for _, state in running
-        ]
-        for (at, _), result in zip(running, decoder.step(rows), strict=True):
-            outputs[at] += result.token_ids
-        after_step([state for _, state in running])
-        for at, state in list(running):
-            if len(outputs[at]) >= max_tokens:
-                decoder.release(state)
-                running.remove((at, state))
-    return [output[:max_tokens] for output in outputs]
+    requests = [
+        GenerationRequest(
+            case.prompt,
+            max_tokens,
+            frozenset(),
+            case.sampling,
+            case.speculation,
+            case.private,
+            family.fine_tunes[case.model],
+        )
+        for case in cases
+    ]
+    generations = generate(
+        decoder,
+        family.fine_tunes["base"],
+        requests,
+        max_batch=batch_size,
+        prefill_chunk=prefill_chunk,
+        on_tokens=on_tokens,
+    )
+    return [generation.token_ids for generation in generations]
 
 
 def expected_texts(family: Family, cases: Sequence[Case], max_tokens: int) -> list[list[int]]:

@@ -5,16 +5,22 @@ through ``verify``, and the joint distribution of their first tokens is compared
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
-from reference import reference_logits
 from scipy import stats
 from torch import Tensor
 
+from eda.answers import Logits
+from eda.backends.base import Verifier
+from eda.backends.eager.verifier import RulesVerifier
+from eda.kernels.verification import CpuVerifier
+from eda.proposal import Proposal
 from eda.sampling import SamplingParams, TokenHistory
-from eda.verification import Proposal, VerificationRow, verify
+from eda.verification import AnswerLines, VerificationRow
+from tests.support.sampling_reference import reference_logits
 
 Drafter = Callable[[list[int], torch.Generator], list[Proposal | None]]
 """From the last token of each sequence to its proposal."""
@@ -131,7 +137,10 @@ def decode(
             )
             before.append((prompt + outputs[index])[-1])
             before += proposal.token_ids if proposal else []
-        verdicts = verify(table[torch.tensor(before)], rows, generator, block=block, in_kernel=in_kernel)
+        verifier: Verifier = RulesVerifier(generator, block=block)
+        if in_kernel:
+            verifier = CpuVerifier(verifier, generator)
+        verdicts = verifier.verify(rows, lines_of(table[torch.tensor(before)], rows))
         num_passes += len(rows)
         for index, verdict in zip(active, verdicts, strict=True):
             outputs[index] += verdict.token_ids
@@ -143,6 +152,13 @@ def decode(
     counts = torch.zeros([vocab_size] * length, dtype=torch.float64)
     counts.index_put_(tuple(cells.unbind(1)), torch.ones(num_sequences, dtype=torch.float64), accumulate=True)
     return Decoding(counts, num_passes, num_emitted)
+
+
+def lines_of(logits: Tensor, rows: Sequence[VerificationRow]) -> list[AnswerLines]:
+    """One pass that answered ``rows`` in their order."""
+    answer = Logits(logits)
+    firsts = accumulate((row.num_lines for row in rows), initial=0)
+    return [AnswerLines(answer, first) for first, _ in zip(firsts, rows, strict=False)]
 
 
 def chi_square_p_value(counts: Tensor, probabilities: Tensor) -> float:

@@ -1,0 +1,1 @@
+"""Torch, operation by operation: what every other backend falls back to."""

@@ -1,0 +1,52 @@
+"""The draft's layer on torch."""
+
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+from eda.attention import PackedBatch
+from eda.draft import DraftModel
+from eda.drafting import Reading, embed
+from eda.kv_cache import KVCache
+from eda.lora import LoraAdapter
+from eda.private import PrivateSegment
+from eda.target import FineTune, TargetModel
+from eda.transfers import upload
+
+
+class TorchDraftLayer:
+    """Runs ``draft`` with keys and values in ``cache``, its own."""
+
+    def __init__(self, draft: DraftModel, cache: KVCache) -> None:
+        self._draft = draft
+        self.cache = cache
+        # Keyed weakly: the rows of a fine-tune that is unloaded go with it.
+        self._head_rows: WeakKeyDictionary[TargetModel | LoraAdapter, Tensor] = WeakKeyDictionary()
+
+    def extend(self, reading: Reading, batch: PackedBatch, segments: Sequence[PrivateSegment]) -> Tensor:
+        """See ``DraftLayer``."""
+        device = batch.positions.device
+        ids = upload(reading.tokens, device)
+        fused = self._draft.fuse(reading.features, segments)
+        hidden = self.step(fused, embed(reading.states, reading.lengths, ids), batch, segments)
+        return hidden[upload(reading.lengths, device).cumsum(0) - 1]
+
+    def step(
+        self, hidden: Tensor, embeddings: Tensor, batch: PackedBatch, segments: Sequence[PrivateSegment]
+    ) -> Tensor:
+        """See ``DraftLayer``."""
+        output: Tensor = self._draft(hidden, embeddings, batch, self.cache, segments)
+        return output
+
+    def logits(self, hidden: Tensor, fine_tune: FineTune) -> Tensor:
+        """See ``DraftLayer``."""
+        return self._draft.logits(hidden, self.head_rows(fine_tune))
+
+    def head_rows(self, fine_tune: FineTune) -> Tensor:
+        """The fine-tune's output rows of the draft vocabulary, gathered once."""
+        rows = self._head_rows.get(fine_tune.output_owner)
+        if rows is None:
+            rows = fine_tune.head_rows(self._draft.draft_token_ids)
+            self._head_rows[fine_tune.output_owner] = rows
+        return rows

@@ -1,0 +1,1 @@
+"""Models, passes, decoders and references that tests share."""
