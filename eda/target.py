@@ -96,7 +96,8 @@ class TargetModel(nn.Module):
         """Reads a Hugging Face checkpoint, a local directory or a hub id.
 
         Args:
-            dtype: type to compute in; ``None`` chooses by the device (see ``automatic_dtype``).
+            dtype: type to compute in; ``None`` is bfloat16 where the C++ passes run the model, else it goes by the
+                device (see ``automatic_dtype``).
 
         Raises:
             CheckpointError: the directory is missing, incomplete, misshapen or in an unsafe format.
@@ -111,7 +112,10 @@ class TargetModel(nn.Module):
             config = replace(config, tie_word_embeddings=tied)
         with torch.device("meta"):  # no time and memory for an initialisation that is overwritten
             model = cls(config, fingerprint=fingerprint_directory(path), path=path)
-        model = model.to(dtype or automatic_dtype(device)).to_empty(device=device)
+        if dtype is None:
+            in_kernel = supports(config, torch.bfloat16, torch.device(device))
+            dtype = torch.bfloat16 if in_kernel else automatic_dtype(device)
+        model = model.to(dtype).to_empty(device=device)
         if config.tie_word_embeddings:
             model.head = model.embedding
         ignored = re.compile(f"{_RECOMPUTED.pattern}|^{re.escape(_HEAD)}$")

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # passes.py, also when only 
 @pytest.fixture(scope="session")
 def _needs_kernels() -> None:
     if kernels() is None:
-        pytest.skip("the C++ passes cannot run here: no AVX512-BF16, no C++ compiler, or EDA_CPU_KERNELS=0")
+        pytest.skip("the C++ passes cannot run here: no AVX2 or NEON, no C++ compiler, or EDA_CPU_KERNELS=0")
 
 
 @pytest.fixture

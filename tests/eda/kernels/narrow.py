@@ -13,7 +13,11 @@ from tiny import randomise, tiny_lora, tiny_target
 from torch import Tensor
 
 from eda.draft import DraftConfig, DraftModel
+from eda.kernels.target import TargetKernel
+from eda.kernels.weights import WeightFormat
+from eda.layers import DecoderLayer
 from eda.private import PrivateConfig, PrivateModule
+from eda.quantised import QuantisedWeight
 from eda.target import FineTune, TargetModel, TargetOutput, load_fine_tune
 
 
@@ -53,14 +57,26 @@ def narrow_module(config: PrivateConfig, seed: int, scale: float = 0.2) -> Priva
     return module
 
 
-def load(path: Path, *, kernel: bool = True) -> TargetModel:
-    """The model in bfloat16, on the C++ passes or on torch."""
+def load(path: Path, *, kernel: bool = True, weights: WeightFormat = "bfloat16") -> TargetModel:
+    """The model in bfloat16, on the C++ passes or on torch; the first may round its weights."""
     with pytest.MonkeyPatch.context() as patch:
-        if not kernel:
+        if not kernel or weights != "bfloat16":
             patch.setattr("eda.target.supports", lambda *_: False)
         model = TargetModel.load(path, dtype=torch.bfloat16)
+    if kernel and weights != "bfloat16":
+        use_kernel(model, weights=weights)
     assert model.has_kernel is kernel
     return model
+
+
+def use_kernel(
+    model: TargetModel, head: QuantisedWeight | None = None, weights: WeightFormat = "bfloat16"
+) -> None:
+    """Moves a model from torch to the C++ passes."""
+    layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
+    own_head = model.head if head is None else head
+    model._kernel = TargetKernel(model.config, layers, model.norm.weight, own_head, weights=weights)
+    model.layers = torch.nn.ModuleList()
 
 
 @contextmanager
