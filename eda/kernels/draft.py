@@ -21,6 +21,7 @@ from eda.kernels.library import (
     Tokens,
     kernels,
 )
+from eda.kernels.memory import WeightMemory
 from eda.kernels.parallel import num_threads
 from eda.kernels.target import HEAD_SIZES, run_head
 from eda.kernels.tokens import SegmentWeights, TokenArrays, as_pointer
@@ -76,12 +77,15 @@ class DraftKernel:
         self._cache = cache
         self._weights = weights
         config, attention, feed_forward = draft.config, draft.attention, draft.feed_forward
+        memory = WeightMemory()
         packed = [
-            PackedWeight(attention.qkv_proj.weight, format=weights),
-            PackedWeight(attention.o_proj.weight, format=weights),
-            packed_gate_up(feed_forward.gate_up_proj.weight, config.intermediate_size, format=weights),
-            PackedWeight(feed_forward.down_proj.weight, format=weights),
-            PackedWeight(draft.fc.weight, format=weights),
+            PackedWeight(attention.qkv_proj.weight, format=weights, memory=memory),
+            PackedWeight(attention.o_proj.weight, format=weights, memory=memory),
+            packed_gate_up(
+                feed_forward.gate_up_proj.weight, config.intermediate_size, format=weights, memory=memory
+            ),
+            PackedWeight(feed_forward.down_proj.weight, format=weights, memory=memory),
+            PackedWeight(draft.fc.weight, format=weights, memory=memory),
         ]
         norms = [
             *draft.tap_norms,

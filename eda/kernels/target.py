@@ -12,6 +12,7 @@ from torch import Tensor
 from eda.attention import PackedBatch
 from eda.config import ModelConfig
 from eda.kernels.library import Layer, LoraLayer, Shape, kernels
+from eda.kernels.memory import WeightMemory
 from eda.kernels.parallel import num_threads
 from eda.kernels.tokens import SegmentWeights, TokenArrays, as_pointer
 from eda.kernels.weights import (
@@ -76,10 +77,11 @@ class TargetKernel:
         self._library = library
         self._config = config
         self._weights = weights
+        self._memory = WeightMemory()
         self._kept: list[PackedWeight | Tensor] = []
         self._layers = (Layer * config.num_layers)(*(self._layer(layer) for layer in layers))
         self._norm = float_vector(norm)
-        self._head = PackedWeight(head, format=weights)
+        self._head = PackedWeight(head, format=weights, memory=self._memory)
         self._shape = Shape(
             config.hidden_size,
             config.num_heads,
@@ -96,12 +98,12 @@ class TargetKernel:
         projections = layer.fused_projections()
         attention = layer.attention
         own = {name: linear.quantised or linear.weight for name, linear in projections.items()}
-        format = self._weights
+        format, memory = self._weights, self._memory
         weights = [
-            PackedWeight(own["qkv"], format=format),
-            PackedWeight(own["output"], format=format),
-            packed_gate_up(own["gate_up"], self._config.intermediate_size, format=format),
-            PackedWeight(own["down"], format=format),
+            PackedWeight(own["qkv"], format=format, memory=memory),
+            PackedWeight(own["output"], format=format, memory=memory),
+            packed_gate_up(own["gate_up"], self._config.intermediate_size, format=format, memory=memory),
+            PackedWeight(own["down"], format=format, memory=memory),
         ]
         hidden_padded = -(-self._config.hidden_size // BLOCK) * BLOCK
         vectors: list[Tensor | None] = [

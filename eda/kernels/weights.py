@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from eda.kernels.library import LowRank, Packed
+from eda.kernels.memory import WeightMemory
 from eda.quantised import GROUP, QuantisedWeight, concatenated, quantised
 
 WeightFormat = Literal["bfloat16", "int8", "int4"]
@@ -24,10 +25,16 @@ class PackedWeight:
     """A weight ``[n, k]`` in blocks of ``16 * tiles`` outputs; keeps the memory that ``struct`` points to.
 
     A tensor is rounded to ``format``. A quantised weight keeps its own format and values; such blocks have 4 tiles.
+    What lives as long as a model does goes into a ``memory`` that it shares.
     """
 
     def __init__(
-        self, weight: Tensor | QuantisedWeight, tiles: int = TILES, *, format: WeightFormat = "bfloat16"
+        self,
+        weight: Tensor | QuantisedWeight,
+        tiles: int = TILES,
+        *,
+        format: WeightFormat = "bfloat16",
+        memory: WeightMemory | None = None,
     ) -> None:
         if isinstance(weight, Tensor) and format != "bfloat16":
             weight = _quantised(weight, format)
@@ -45,6 +52,10 @@ class PackedWeight:
             if weight.minimums is not None and not _is_symmetric(weight):
                 self.minimums = _group_blocks(weight.minimums)
             outputs, inputs = self.data.shape[0] * BLOCK, self.data.shape[1] * GROUP
+        if memory is not None:
+            self.data = memory.hold(self.data)
+            self.scales = None if self.scales is None else memory.hold(self.scales)
+            self.minimums = None if self.minimums is None else memory.hold(self.minimums)
         pointers = [0 if part is None else part.data_ptr() for part in (self.scales, self.minimums)]
         place = WEIGHT_FORMATS.index(self.format)
         self.struct = Packed(self.data.data_ptr(), outputs, inputs, tiles, place, *pointers)
@@ -109,7 +120,11 @@ def _is_symmetric(weight: QuantisedWeight) -> bool:
 
 
 def packed_gate_up(
-    gate_up: Tensor | QuantisedWeight, intermediate_size: int, *, format: WeightFormat = "bfloat16"
+    gate_up: Tensor | QuantisedWeight,
+    intermediate_size: int,
+    *,
+    format: WeightFormat = "bfloat16",
+    memory: WeightMemory | None = None,
 ) -> PackedWeight:
     """Gates and ups ``[2 * intermediate_size, k]`` interleaved: half a block of gates, then their partners."""
     half = BLOCK // 2
@@ -119,10 +134,10 @@ def packed_gate_up(
     index[:, :intermediate_size] = torch.arange(2 * intermediate_size).view(2, intermediate_size)
     order = index.view(2, size // half, half).transpose(0, 1).reshape(-1)
     if isinstance(gate_up, Tensor):
-        return PackedWeight(_one_more_row(gate_up.detach())[order], format=format)
+        return PackedWeight(_one_more_row(gate_up.detach())[order], format=format, memory=memory)
     minimums = None if gate_up.minimums is None else _one_more_row(gate_up.minimums)
     parts = _one_more_row(gate_up.steps), _one_more_row(gate_up.scales), minimums
-    return PackedWeight(QuantisedWeight(gate_up.format, *parts).rows(order))
+    return PackedWeight(QuantisedWeight(gate_up.format, *parts).rows(order), memory=memory)
 
 
 def _one_more_row(rows: Tensor) -> Tensor:
