@@ -10,11 +10,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from eda.quantised import QuantisedWeight
+
 
 class Linear(nn.Linear):
-    """``nn.Linear`` with ``pack``."""
+    """``nn.Linear`` with ``pack``, or with a quantised weight."""
 
     packed: Tensor | None = None
+    quantised: QuantisedWeight | None = None
+    """Stands in for ``weight``, which is gone then."""
+
+    def quantise(self, weight: QuantisedWeight) -> None:
+        """Takes a quantised weight in the place of its own, for the passes that multiply such weights."""
+        if weight.shape != (self.out_features, self.in_features):
+            raise ValueError(
+                f"a quantised weight of {list(weight.shape)} does not fit a layer of "
+                f"{[self.out_features, self.in_features]}"
+            )
+        self.quantised = weight
+        del self.weight
+
+    def dequantise(self, dtype: torch.dtype) -> None:
+        """Goes back to a plain weight, for torch's own products."""
+        if self.quantised is not None:
+            self.weight = nn.Parameter(self.quantised.dequantised().to(dtype), requires_grad=False)
+            self.quantised = None
 
     def pack(self) -> None:
         """Trades the weight for a packed one where ``packed_weight`` gives one. Not for layers that are trained
@@ -25,6 +45,8 @@ class Linear(nn.Linear):
             del self.weight
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.quantised is not None:
+            return functional.linear(input, self.quantised.dequantised().to(input.dtype), self.bias)
         if self.packed is None:
             return functional.linear(input, self.weight, self.bias)
         return packed_linear(input, self.packed, self.out_features, self.bias)

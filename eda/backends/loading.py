@@ -11,6 +11,7 @@ from eda.errors import MismatchError
 from eda.kernels.body import CpuBody
 from eda.kernels.target import supports
 from eda.lora import LoraAdapter
+from eda.model_files import open_model
 from eda.target import FineTune, TargetModel, TorchBody
 from eda.tokenizer_files import load_own_tokenizer
 
@@ -35,8 +36,12 @@ def load_target(
 ) -> TargetModel:
     """``TargetModel.load`` on the fastest body for it. The model is frozen: its weights may be laid out anew.
 
+    Without a ``dtype`` it computes in bfloat16 where the C++ passes run it.
+
     Raises what ``TargetModel.load`` raises.
     """
+    if dtype is None and supports(open_model(path_or_hub_id).config, torch.bfloat16, torch.device(device)):
+        dtype = torch.bfloat16
     model = TargetModel.load(path_or_hub_id, dtype=dtype, device=device)
     if supports(model.config, model.dtype, model.device):
         model.body = CpuBody.replacing(model)

@@ -1,1 +1,1 @@
-"""Passes of target and draft in C++, for CPUs with bfloat16 products; everything works without them, only slower."""
+"""Passes of target and draft in C++ for CPUs; everything works without them, only slower."""

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from eda.answers import Need
 from eda.attention import PackedBatch
 from eda.kernels.target import TargetKernel
+from eda.kernels.weights import WeightFormat
 from eda.kv_cache import KVCache
 from eda.layers import DecoderLayer
 from eda.lora import LoraSegment
+from eda.quantised import QuantisedWeight
 from eda.target import TapLayers, TargetModel, TargetOutput
 
 
@@ -21,15 +23,30 @@ class CpuBody:
         self._kernel = kernel
 
     @classmethod
-    def replacing(cls, model: TargetModel) -> "CpuBody":
+    def replacing(
+        cls,
+        model: TargetModel,
+        *,
+        weights: WeightFormat = "bfloat16",
+        head: QuantisedWeight | None = None,
+    ) -> "CpuBody":
         """Takes over the layers of ``model``, which has none afterwards. The head keeps its plain rows beside.
+
+        Weights are rounded to ``weights``; layers that are quantised already stay as they are. ``head`` stands in for
+        the model's own output layer where a file holds it quantised.
 
         ``eda.kernels.target.supports`` says for which models this can be.
         """
         layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
-        body = cls(TargetKernel(model.config, layers, model.norm.weight, model.head))
+        own_head = model.head if head is None else head
+        body = cls(TargetKernel(model.config, layers, model.norm.weight, own_head, weights=weights))
         model.layers = nn.ModuleList()
         return body
+
+    @property
+    def formats(self) -> tuple[WeightFormat, ...]:
+        """The formats of the layers' weights and of the output layer, each once."""
+        return self._kernel.formats
 
     def run(
         self,

@@ -30,9 +30,11 @@ struct DraftRow {
   const Packed *private_gate_up, *private_down;
 };
 
+constexpr int LARGEST_HIDDEN = 8192;  // of a draft, whose rows are normalised on the stack
+
 struct DraftScratch {
   Buffer<float> inputs, hidden, logits;
-  Buffer<bf16> normal;
+  InputBuffer normal;
 };
 DraftScratch draft_scratch;
 
@@ -41,22 +43,24 @@ void fuse_features(Pool& pool, const Draft& draft, const Shape& shape, const Tok
                    float* out) {
   Run run(pool, shape, tokens);
   const int size = shape.hidden;
-  bf16* normal = draft_scratch.normal.of(int64_t(tokens.count) * 3 * size);
+  const Inputs normal = draft_scratch.normal.of(tokens.count, 3 * size);
   pool.run([&](int rank) {
     const Range rows = share(tokens.count, rank, pool.size());
-    alignas(64) float plain[8192];
-    for (int row = rows.first; row < rows.end; ++row)
+    alignas(64) float plain[LARGEST_HIDDEN];
+    for (int row = rows.first; row < rows.end; ++row) {
       for (int tap = 0; tap < 3; ++tap) {
-        const int64_t at = (int64_t(row) * 3 + tap) * size;
-        for (int i = 0; i < size; i += 16) _mm512_store_ps(plain + i, load_bf16(features + at + i));
-        rms_norm(plain, draft.tap_norms[tap], size, shape.eps, normal + at);
+        const bf16* given = features + (int64_t(row) * 3 + tap) * size;
+        for (int i = 0; i < size; i += WIDTH) store(plain + i, load_bf16(given + i));
+        rms_norm(plain, draft.tap_norms[tap], size, shape.eps, normal.row(row) + tap * size);
       }
+      if (is_rounded(draft.fc)) normal.round(row, 0, normal.width);
+    }
     pool.barrier();
-    run.product(rank, normal, 3 * size, draft.fc, 0, &LoraLayer::qkv,
-                [&](int row, int block, const __m512 (&sum)[TILES]) {
+    run.product(rank, normal.rows(), draft.fc, 0, &LoraLayer::qkv,
+                [&](int row, int block, const Floats (&sum)[TILES]) {
                   for (int t = 0; t < TILES; ++t) {
-                    const int column = block * 16 * TILES + 16 * t;
-                    if (column < size) _mm512_storeu_ps(out + int64_t(row) * size + column, sum[t]);
+                    const int column = block * BLOCK + 16 * t;
+                    if (column < size) store(out + int64_t(row) * size + column, sum[t]);
                   }
                 });
   });
@@ -69,9 +73,9 @@ void draft_layer(Pool& pool, const Draft& draft, const Shape& shape, const Token
   const int size = shape.hidden;
   pool.run([&](int rank) {
     const Range rows = share(tokens.count, rank, pool.size());
-    alignas(64) float plain[8192];
-    const bf16* inputs = run.normalise(rank, run.input, 2 * size, [&](int row, bf16* input) {
-      for (int i = 0; i < size; i += 16) _mm512_store_ps(plain + i, load_bf16(embeddings[row] + i));
+    alignas(64) float plain[LARGEST_HIDDEN];
+    const Rows inputs = run.normalise(rank, run.input, is_rounded(draft.layer.qkv), [&](int row, Input* input) {
+      for (int i = 0; i < size; i += WIDTH) store(plain + i, load_bf16(embeddings[row] + i));
       rms_norm(plain, draft.embedding_norm, size, shape.eps, input);
       const bool mine = rows.first <= row && row < rows.end;  // of the residual there is one, whatever the copies
       rms_norm(hidden + int64_t(row) * size, draft.hidden_norm, size, shape.eps, input + size,
@@ -87,16 +91,18 @@ void draft_layer(Pool& pool, const Draft& draft, const Shape& shape, const Token
 void draft_logits(Pool& pool, const Draft& draft, const Shape& shape, const std::vector<DraftRow>& rows,
                   const std::vector<int>& owner, const float* hidden, float* logits) {
   const int size = shape.hidden, count = int(owner.size());
-  bf16* normal = draft_scratch.normal.of(int64_t(count) * size);
+  const Inputs normal = draft_scratch.normal.of(count, size);
   pool.run([&](int rank) {
     const Range mine = share(count, rank, pool.size());
-    for (int i = mine.first; i < mine.end; ++i)
-      rms_norm(hidden + int64_t(i) * size, draft.final_norm, size, shape.eps, normal + int64_t(i) * size);
+    for (int i = mine.first; i < mine.end; ++i) {
+      rms_norm(hidden + int64_t(i) * size, draft.final_norm, size, shape.eps, normal.row(i));
+      if (is_rounded(*rows[owner[i]].head)) normal.round(i, 0, size);
+    }
     pool.barrier();
     for (int start = 0, end; start < count; start = end) {  // runs of tokens under one head
       const Packed* head = rows[owner[start]].head;
       for (end = start + 1; end < count && rows[owner[end]].head == head;) ++end;
-      head_product(pool, rank, normal, size, start, end, *head, draft.num_columns, logits);
+      head_product(pool, rank, normal.rows(), start, end, *head, draft.num_columns, logits);
     }
   });
 }
@@ -105,12 +111,10 @@ void draft_logits(Pool& pool, const Draft& draft, const Shape& shape, const std:
 void best_columns(const float* logits, int num_columns, int count, int* columns, float* scores) {
   float top = -INFINITY;
   for (int i = 0; i < count; ++i) scores[i] = -INFINITY, columns[i] = 0;
-  __m512 threshold = _mm512_set1_ps(-INFINITY);
-  for (int first = 0; first < num_columns; first += 16) {
-    const __mmask16 live = __mmask16((1u << std::min(16, num_columns - first)) - 1);
-    const __m512 part = _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), live, logits + first);
-    __mmask16 candidates = _mm512_cmp_ps_mask(part, threshold, _CMP_GT_OQ);
-    for (; candidates; candidates = __mmask16(candidates & (candidates - 1))) {
+  Floats threshold = splat(-INFINITY);
+  for (int first = 0; first < num_columns; first += WIDTH) {
+    uint32_t candidates = bits(load_first(logits + first, num_columns - first, -INFINITY) > threshold);
+    for (; candidates; candidates &= candidates - 1) {
       const int column = first + __builtin_ctz(candidates);
       const float value = logits[column];
       if (!(value > scores[count - 1])) continue;
@@ -121,28 +125,20 @@ void best_columns(const float* logits, int num_columns, int count, int* columns,
       }
       scores[place] = value;
       columns[place] = column;
-      threshold = _mm512_set1_ps(scores[count - 1]);
+      threshold = splat(scores[count - 1]);
     }
   }
   top = scores[0];
-  __m512 total = _mm512_setzero_ps();
-  for (int first = 0; first < num_columns; first += 16) {
-    const __mmask16 live = __mmask16((1u << std::min(16, num_columns - first)) - 1);
-    const __m512 part = _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), live, logits + first);
-    total = _mm512_add_ps(total, exp_ps(_mm512_sub_ps(part, _mm512_set1_ps(top))));
-  }
-  const float log_total = top + std::log(_mm512_reduce_add_ps(total));
+  Floats total = zeros();
+  for (int first = 0; first < num_columns; first += WIDTH)
+    total = total + exp(load_first(logits + first, num_columns - first, -INFINITY) - splat(top));
+  const float log_total = top + std::log(sum(total));
   for (int i = 0; i < count; ++i) scores[i] -= log_total;
 }
 
 // Draws a column by `uniform` from [0, 1); the distribution is written to `probabilities`.
 int draw_column(const float* logits, int num_columns, const Sampling& sampling, double uniform, float* probabilities) {
-  const __m512 scale = _mm512_set1_ps(float(1.0 / weigh(logits, num_columns, sampling, probabilities)));
-  for (int first = 0; first < num_columns; first += 16) {
-    const __mmask16 live = lanes(num_columns - first);
-    const __m512 part = _mm512_maskz_loadu_ps(live, probabilities + first);
-    _mm512_mask_storeu_ps(probabilities + first, live, _mm512_mul_ps(part, scale));
-  }
+  multiply_by(float(1.0 / weigh(logits, num_columns, sampling, probabilities)), probabilities, num_columns);
   // What is drawn from is what was rounded.
   return draw_by(probabilities, num_columns, sum_of(probabilities, num_columns), uniform);
 }

@@ -11,13 +11,24 @@ from torch import Tensor
 from torch.nn import functional
 
 from eda.attention import PackedBatch
-from eda.kernels.library import Draft, DraftRow, Layer, LoraLayer, Shape, Tokens, kernels
+from eda.kernels.library import (
+    LARGEST_DRAFT_HIDDEN_SIZE,
+    Draft,
+    DraftRow,
+    Layer,
+    LoraLayer,
+    Shape,
+    Tokens,
+    kernels,
+)
+from eda.kernels.memory import WeightMemory
 from eda.kernels.parallel import num_threads
 from eda.kernels.target import HEAD_SIZES, run_head
 from eda.kernels.tokens import SegmentWeights, TokenArrays, as_pointer
 from eda.kernels.weights import (
     PackedLowRank,
     PackedWeight,
+    WeightFormat,
     float_vector,
     packed_gate_up,
     padded_intermediate,
@@ -28,8 +39,6 @@ from eda.private import PrivateModule, PrivateSegment
 if TYPE_CHECKING:
     from eda.draft import DraftModel
 
-_LARGEST_HIDDEN_SIZE = 8192
-"""Rows of this width are normalised on the stack."""
 READ = frozenset(
     {
         *("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "tap_layers"),
@@ -49,7 +58,7 @@ def supports(draft: "DraftModel") -> bool:
         and weight.dtype == torch.bfloat16
         and config.head_dim in HEAD_SIZES
         and config.hidden_size % 16 == 0
-        and config.hidden_size <= _LARGEST_HIDDEN_SIZE
+        and config.hidden_size <= LARGEST_DRAFT_HIDDEN_SIZE
         and kernels() is not None
     )
 
@@ -57,33 +66,36 @@ def supports(draft: "DraftModel") -> bool:
 class DraftHead:
     """Embeddings and output rows of one fine-tune, as the draft reads them."""
 
-    def __init__(self, head_rows: Tensor, embedding: Tensor, *, quantised: bool = True) -> None:
+    def __init__(self, head_rows: Tensor, embedding: Tensor, *, weights: WeightFormat = "int8") -> None:
         """``head_rows [V_draft, H]``; ``embedding [V, H]``: of any type, since the target's may not be the draft's."""
-        self.packed = PackedWeight(head_rows, quantised=quantised)
+        self.packed = PackedWeight(head_rows, format=weights)
         self.embedding = embedding.detach().to(torch.bfloat16).contiguous()
 
 
 class DraftKernel:
     """Runs one frozen draft. It copies the weights: later changes of the draft are not seen.
 
-    They are ``quantised`` to 7 bits, low-rank corrections aside: a draft pass is bound by reading its weights, and what
+    They are rounded to 8 bits, low-rank corrections aside: a draft pass is bound by reading its weights, and what
     rounding does to a guess costs less than the time. Outputs stay exact, since the target verifies every token.
     """
 
-    def __init__(self, draft: "DraftModel", cache: KVCache, *, quantised: bool = True) -> None:
+    def __init__(self, draft: "DraftModel", cache: KVCache, *, weights: WeightFormat = "int8") -> None:
         library = kernels()
         assert library is not None
         self._library = library
         self._draft = draft
         self._cache = cache
-        self._quantised = quantised
+        self._weights = weights
         config, attention, feed_forward = draft.config, draft.attention, draft.feed_forward
-        weights = [
-            PackedWeight(attention.qkv_proj.weight, quantised=quantised),
-            PackedWeight(attention.o_proj.weight, quantised=quantised),
-            packed_gate_up(feed_forward.gate_up_proj.weight, config.intermediate_size, quantised=quantised),
-            PackedWeight(feed_forward.down_proj.weight, quantised=quantised),
-            PackedWeight(draft.fc.weight, quantised=quantised),
+        memory = WeightMemory()
+        packed = [
+            PackedWeight(attention.qkv_proj.weight, format=weights, memory=memory),
+            PackedWeight(attention.o_proj.weight, format=weights, memory=memory),
+            packed_gate_up(
+                feed_forward.gate_up_proj.weight, config.intermediate_size, format=weights, memory=memory
+            ),
+            PackedWeight(feed_forward.down_proj.weight, format=weights, memory=memory),
+            PackedWeight(draft.fc.weight, format=weights, memory=memory),
         ]
         norms = [
             *draft.tap_norms,
@@ -94,11 +106,11 @@ class DraftKernel:
         ]
         vectors = [float_vector(norm.weight) for norm in norms]
         pointers = [vector.data_ptr() for vector in vectors]
-        layer = Layer(*(weight.struct for weight in weights[:4]), 0, pointers[6])
-        self._kept = (weights, vectors, draft.draft_token_ids.contiguous())
+        layer = Layer(*(weight.struct for weight in packed[:4]), 0, pointers[6])
+        self._kept = (packed, vectors, draft.draft_token_ids.contiguous())
         self._struct = Draft(
             layer,
-            weights[4].struct,
+            packed[4].struct,
             (ctypes.c_void_p * 3)(*pointers[:3]),
             *pointers[3:6],
             self._kept[2].data_ptr(),
@@ -248,7 +260,7 @@ class DraftKernel:
         found = self._private.get(module)
         state = _state_of(module)
         if found is None or found.state != state:
-            found = self._private[module] = _PackedPrivate(module, state, quantised=self._quantised)
+            found = self._private[module] = _PackedPrivate(module, state, weights=self._weights)
         return found
 
     def _angles(self, num_positions: int) -> tuple[Tensor, Tensor]:
@@ -276,16 +288,16 @@ class DraftKernel:
 class _PackedPrivate:
     """One private module; addresses are 0 for parts that it lacks."""
 
-    def __init__(self, module: PrivateModule, state: tuple[int, ...], *, quantised: bool) -> None:
+    def __init__(self, module: PrivateModule, state: tuple[int, ...], *, weights: WeightFormat) -> None:
         self.state = state
         self.gate_up = self.down = self.fusion = self.attention = 0
         config = module.config
         if config.intermediate_size:
-            self._weights = (
-                packed_gate_up(module.gate_up_proj, config.intermediate_size, quantised=quantised),
-                PackedWeight(module.down_proj, quantised=quantised),
+            self._feed_forward = (
+                packed_gate_up(module.gate_up_proj, config.intermediate_size, format=weights),
+                PackedWeight(module.down_proj, format=weights),
             )
-            self.gate_up, self.down = (weight.pointer for weight in self._weights)
+            self.gate_up, self.down = (weight.pointer for weight in self._feed_forward)
         if config.fc_rank:
             self._fc = _packed_low_rank(module.fc_down, module.fc_up)
             self._fusion = LoraLayer(qkv=self._fc.struct)

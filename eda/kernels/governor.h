@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cstdint>
 
+namespace {
+
 class Governor {
  public:
   explicit Governor(int full) : full_(full), threads_(full) {}
@@ -49,3 +51,5 @@ class Governor {
   int threads_;
   int64_t level_ = 0, seen_ = 0, tried_ = 0, until_ = 0, hold_ = SHORTEST;
 };
+
+}  // namespace

@@ -1,33 +1,21 @@
-"""Builds and loads the C++ passes, once for each version of the source and each kind of processor.
+"""The C++ passes as a library: its structures and functions, loaded where this processor can run them.
 
-They are compiled with the machine's own ``g++`` or ``clang++`` at first use (some seconds) and kept in the user's cache
-directory. Without a compiler, or on a processor without AVX512-BF16, there is no library, and models run on torch.
+They are compiled with the machine's own ``g++`` or ``clang++`` at first use (see ``build.py``). Without a compiler, or
+on a processor with neither AVX2 nor 64-bit ARM's NEON, there is no library, and models run on torch.
 """
 
 import ctypes
 import functools
-import hashlib
 import logging
 import os
 import shutil
 import subprocess
-import tempfile
-from pathlib import Path
 
-import torch
+from eda.kernels.build import built, can_run, wanted_instructions
 
-_SOURCES = (
-    "pass.cpp",
-    "draft.h",
-    "verification.h",
-    "sampling.h",
-    "layer.h",
-    "attention.h",
-    "matrix.h",
-    "threads.h",
-    "governor.h",
-)
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread")
+LARGEST_DRAFT_HIDDEN_SIZE = 8192
+"""Rows of a draft are normalised on the stack."""
+
 _SWITCH = "EDA_CPU_KERNELS"
 _logger = logging.getLogger(__name__)
 
@@ -40,8 +28,9 @@ class Packed(ctypes.Structure):
         ("n", ctypes.c_int32),
         ("k", ctypes.c_int32),
         ("tiles", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
+        ("format", ctypes.c_int32),
         ("scales", ctypes.c_void_p),
+        ("minimums", ctypes.c_void_p),
     )
 
 
@@ -196,11 +185,43 @@ class DraftRow(ctypes.Structure):
     )
 
 
+_STRUCTURES: tuple[type[ctypes.Structure], ...] = (
+    Packed,
+    Layer,
+    Shape,
+    LowRank,
+    LoraLayer,
+    Segment,
+    Visible,
+    Tokens,
+    Draft,
+    Sampling,
+    VerifiedRow,
+    DraftRow,
+)
+_INT, _POINTER = ctypes.c_int, ctypes.c_void_p
+_ARGUMENTS: dict[str, tuple[type, ...]] = {
+    "eda_run_target": (
+        *(_INT, _POINTER, _POINTER, _INT),
+        *(_POINTER,) * 8,
+        *(_INT, _INT, _POINTER, _POINTER),
+    ),
+    "eda_verify": (_INT, _POINTER, _INT, _POINTER, _INT, *(_POINTER,) * 4),
+    "eda_run_head": (_INT, _POINTER, _POINTER, _INT, _INT, _INT, _POINTER),
+    "eda_draft_round": (_INT, *(_POINTER,) * 9, _INT, _INT, *(_POINTER,) * 5),
+    "eda_run_draft": (_INT, *(_POINTER,) * 5),
+    "eda_draft_tree": (_INT, *(_POINTER,) * 7, _INT, _INT, _POINTER, _POINTER),
+}
+
+
 @functools.cache
 def kernels() -> ctypes.CDLL | None:
-    """The compiled passes, or ``None`` where they cannot run or ``EDA_CPU_KERNELS=0`` forbids them."""
-    has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    if os.environ.get(_SWITCH) == "0" or not has_bfloat16():
+    """The compiled passes, or ``None`` where they cannot run or ``EDA_CPU_KERNELS=0`` forbids them.
+
+    Raises ``ValueError`` when ``EDA_CPU_ISA`` names instructions that there are none of.
+    """
+    instructions = wanted_instructions()
+    if os.environ.get(_SWITCH) == "0" or not can_run(instructions):
         return None
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
@@ -209,41 +230,37 @@ def kernels() -> ctypes.CDLL | None:
         )
         return None
     try:
-        return ctypes.CDLL(str(_built(compiler)))
-    # RuntimeError: the user has no home directory.
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        library = ctypes.CDLL(str(built(compiler, instructions)))
+        _check_mirror(library)
+    # RuntimeError: the user has no home directory. AttributeError: a library without these functions.
+    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
         _logger.warning("the C++ passes cannot be used, models run on torch's own kernels: %s", error)
         return None
-
-
-def _built(compiler: str) -> Path:
-    """Path of the library; built first where it is not there yet."""
-    here = Path(__file__).parent
-    digest = hashlib.sha256(" ".join([compiler, *_FLAGS, _processor()]).encode())
-    for name in _SOURCES:
-        digest.update((here / name).read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eda-server"
-    library = cache / f"passes-{digest.hexdigest()[:16]}.so"
-    if not library.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        # Several processes may build at once; each renames its own file into place.
-        handle, partial = tempfile.mkstemp(suffix=".so", dir=cache)
-        os.close(handle)
-        try:
-            command = [compiler, *_FLAGS, str(here / _SOURCES[0]), "-o", partial]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-            os.replace(partial, library)
-        except subprocess.CalledProcessError as error:
-            raise OSError(f"{' '.join(command)} failed: {error.stderr[-2000:]}") from error
-        finally:
-            Path(partial).unlink(missing_ok=True)
+    for name, types in _ARGUMENTS.items():
+        getattr(library, name).argtypes = types
     return library
 
 
-def _processor() -> str:
-    """What ``-march=native`` depends on: the flags of this processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line for line in lines if line.startswith("flags")), "")
+def instruction_set() -> str | None:
+    """What the passes were compiled for, such as ``avx512-bf16+vnni``, ``avx2`` or ``neon``; ``None`` without them."""
+    library = kernels()
+    if library is None:
+        return None
+    library.eda_isa.restype = ctypes.c_char_p
+    name: bytes = library.eda_isa()
+    return name.decode()
+
+
+def _check_mirror(library: ctypes.CDLL) -> None:
+    """Raises ``OSError`` when a structure here is not laid out as in C++."""
+    expected = []
+    for structure in _STRUCTURES:
+        expected += [ctypes.sizeof(structure)]
+        expected += [getattr(structure, str(field[0])).offset for field in structure._fields_]
+    expected.append(LARGEST_DRAFT_HIDDEN_SIZE)
+    sizes = library.eda_sizes
+    sizes.restype, sizes.argtypes = ctypes.c_int64, (ctypes.c_void_p,)
+    found = (ctypes.c_int64 * sizes(None))()
+    sizes(found)
+    if list(found) != expected:
+        raise OSError(f"its structures are laid out as {list(found)}, library.py's as {expected}")

@@ -2,11 +2,13 @@
 
 #include "draft.h"
 #include "layer.h"
+#include "mirror.h"
 #include "verification.h"
 
 namespace {
 
 Buffer<float> head_scratch, weight_scratch;
+InputBuffer head_input;
 
 }  // namespace
 
@@ -24,15 +26,16 @@ void eda_run_target(int num_threads, const Shape* shape, const Layer* layers, in
   Pool& pool = pool_of(num_threads);
   Run run(pool, *shape, *tokens, num_layers);
   const int size = shape->hidden;
-  bf16* chosen = run.normal;  // free once the layers are done
+  const Inputs chosen = head_input.of(num_wanted, size);
   if (!logits && num_wanted) logits = head_scratch.of(int64_t(num_wanted) * num_outputs);
   pool.run([&](int rank) {
     const Range rows = share(tokens->count, rank, pool.size());
     for (int64_t i = int64_t(rows.first) * size; i < int64_t(rows.end) * size; i += 16)
-      _mm512_storeu_ps(run.residual + i, load_bf16(embedded + i));
+      store(run.residual + i, load_bf16(embedded + i));
     pool.barrier();
     for (int index = 0; index < num_layers; ++index) {
-      const bf16* inputs = run.normalise(rank, run.input, size, [&](int row, bf16* out) {
+      const bool rounds = is_rounded(layers[index].qkv);
+      const Rows inputs = run.normalise(rank, run.input, rounds, [&](int row, Input* out) {
         rms_norm(run.residual + int64_t(row) * size, layers[index].attention_norm, size, shape->eps, out);
       });
       run.layer(rank, inputs, layers[index], index);
@@ -42,17 +45,20 @@ void eda_run_target(int num_threads, const Shape* shape, const Layer* layers, in
             for (int row = rows.first; row < rows.end; ++row)
               for (int i = 0; i < size; i += 16)
                 store_bf16(features + (int64_t(row) * 3 + tap) * size + i,
-                           _mm512_loadu_ps(run.residual + int64_t(row) * size + i));
+                           load(run.residual + int64_t(row) * size + i));
     }
-    for (int row = rows.first; row < rows.end; ++row)
-      rms_norm(run.residual + int64_t(row) * size, final_norm, size, shape->eps, hidden + int64_t(row) * size);
+    for (int row = rows.first; row < rows.end; ++row) {
+      float* last = run.residual + int64_t(row) * size;
+      rms_norm(last, final_norm, size, shape->eps, nullptr, last);
+      for (int i = 0; i < size; i += WIDTH) store_bf16(hidden + int64_t(row) * size + i, load(last + i));
+    }
     if (!num_wanted) return;
     pool.barrier();
     const Range mine = share(num_wanted, rank, pool.size());
     for (int i = mine.first; i < mine.end; ++i)
-      std::memcpy(chosen + int64_t(i) * size, hidden + int64_t(wanted[i]) * size, size * sizeof(bf16));
+      fill_head_input(chosen, i, hidden + int64_t(wanted[i]) * size, is_rounded(*head));
     pool.barrier();
-    head_product(pool, rank, chosen, size, 0, num_wanted, *head, num_outputs, logits);
+    head_product(pool, rank, chosen.rows(), 0, num_wanted, *head, num_outputs, logits);
     if (!best) return;
     pool.barrier();
     for (int i = mine.first; i < mine.end; ++i) best[i] = likeliest(logits + int64_t(i) * num_outputs, num_outputs);
@@ -79,7 +85,13 @@ void eda_verify(int num_threads, const VerifiedRow* rows, int num_rows, const fl
 void eda_run_head(int num_threads, const Packed* head, const bf16* hidden, int rows, int inputs, int outputs, float* out) {
   std::lock_guard<std::mutex> lock(pool_lock());
   Pool& pool = pool_of(num_threads);
-  pool.run([&](int rank) { head_product(pool, rank, hidden, inputs, 0, rows, *head, outputs, out); });
+  const Inputs given = head_input.of(rows, inputs);
+  pool.run([&](int rank) {
+    const Range mine = share(rows, rank, pool.size());
+    for (int i = mine.first; i < mine.end; ++i) fill_head_input(given, i, hidden + int64_t(i) * inputs, is_rounded(*head));
+    pool.barrier();
+    head_product(pool, rank, given.rows(), 0, rows, *head, outputs, out);
+  });
 }
 
 // One round of the draft: features of the target `[count, 3 * hidden]` and the ids of the tokens behind them go through
@@ -124,6 +136,30 @@ int eda_draft_tree(int num_threads, const Draft* draft, const Shape* shape, cons
   std::lock_guard<std::mutex> lock(pool_lock());
   return draft_tree(pool_of(num_threads), *draft, *shape, *tokens, cos_table, sin_table, *row, hidden, top_k, num_nodes,
                     out_tokens, out_parents);
+}
+
+// What the passes were compiled for.
+const char* eda_isa() {
+#if EDA_BF16_PRODUCTS && EDA_BYTE_PRODUCTS
+  return "avx512-bf16+vnni";
+#elif EDA_BF16_PRODUCTS
+  return "avx512-bf16";
+#elif EDA_AVX512 && EDA_BYTE_PRODUCTS
+  return "avx512+vnni";
+#elif defined(__AVXVNNI__) && !defined(EDA_SCALAR)
+  return "avx2+vnni";
+#elif defined(__ARM_FEATURE_DOTPROD) && !defined(EDA_SCALAR)
+  return "neon+dotprod";
+#else
+  return Machine::NAME;
+#endif
+}
+
+// Fills `out` (where not null) with what library.py compares its structures with; returns how many numbers that are.
+int64_t eda_sizes(int64_t* out) {
+  const std::vector<int64_t> found = mirrored();
+  if (out) std::copy(found.begin(), found.end(), out);
+  return int64_t(found.size());
 }
 
 // For tests: a governor of its own, told what passes have lost, and the threads that it grants.

@@ -6,7 +6,7 @@
 #include <functional>
 #include <vector>
 
-#include "matrix.h"
+#include "simd.h"
 
 namespace {
 
@@ -17,35 +17,30 @@ struct Sampling {
   int32_t top_k, unused;
 };
 
-inline __mmask16 lanes(int left) { return __mmask16((1u << std::min(16, left)) - 1); }
-
-// In float64: a vocabulary's worth of small terms would otherwise lose what they are to be compared by.
-inline void add_to(__m512d (&sums)[2], __m512 part) {
-  sums[0] = _mm512_add_pd(sums[0], _mm512_cvtps_pd(_mm512_castps512_ps256(part)));
-  sums[1] = _mm512_add_pd(sums[1], _mm512_cvtps_pd(_mm512_extractf32x8_ps(part, 1)));
+inline double sum_of(const float* values, int count) {
+  Total total;
+  for (int first = 0; first < count; first += WIDTH) total.add(load_first(values + first, count - first));
+  return total.value();
 }
 
-inline double sum_of(const float* values, int count) {
-  __m512d sums[2] = {_mm512_setzero_pd(), _mm512_setzero_pd()};
-  for (int first = 0; first < count; first += 16)
-    add_to(sums, _mm512_maskz_loadu_ps(lanes(count - first), values + first));
-  return _mm512_reduce_add_pd(_mm512_add_pd(sums[0], sums[1]));
+inline void multiply_by(float factor, float* values, int count) {
+  for (int first = 0; first < count; first += WIDTH)
+    store_first(values + first, load_first(values + first, count - first) * splat(factor), count - first);
 }
 
 // Walks the weights from the largest down to the first for which `is_last(weight)` holds, and returns it; the smallest
 // that is not 0 where none does. Only those that it comes to are sorted.
 template <class IsLast>
 float walk_down(const float* weights, int count, IsLast is_last) {
-  constexpr float SMALLEST = 1.2e-38f;  // below all that `exp_ps` gives, and still a normal number
+  constexpr float SMALLEST = 1.2e-38f;  // below all that `exp` gives, and still a normal number
   std::vector<float> band;
   float last = 1.0f;
   for (float upper = INFINITY, lower = 0.125f; upper > SMALLEST; upper = lower, lower = std::max(lower / 8, SMALLEST)) {
     band.clear();
-    for (int first = 0; first < count; first += 16) {
-      const __m512 part = _mm512_maskz_loadu_ps(lanes(count - first), weights + first);
-      const __mmask16 below = _mm512_cmp_ps_mask(part, _mm512_set1_ps(upper), _CMP_LT_OQ);
-      __mmask16 found = _mm512_mask_cmp_ps_mask(below, part, _mm512_set1_ps(lower), _CMP_GE_OQ);
-      for (; found; found = __mmask16(found & (found - 1))) band.push_back(weights[first + __builtin_ctz(found)]);
+    for (int first = 0; first < count; first += WIDTH) {
+      const Floats part = load_first(weights + first, count - first);
+      uint32_t found = bits(splat(upper) > part) & bits(part >= splat(lower));
+      for (; found; found &= found - 1) band.push_back(weights[first + __builtin_ctz(found)]);
     }
     std::sort(band.begin(), band.end(), std::greater<float>());
     for (float weight : band) {
@@ -58,15 +53,14 @@ float walk_down(const float* weights, int count, IsLast is_last) {
 
 // Weights below `limit` become 0; returns the sum of the others.
 double cut_below(float limit, float* weights, int count) {
-  __m512d sums[2] = {_mm512_setzero_pd(), _mm512_setzero_pd()};
-  for (int first = 0; first < count; first += 16) {
-    const __mmask16 live = lanes(count - first);
-    const __m512 part = _mm512_maskz_loadu_ps(live, weights + first);
-    const __m512 kept = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(part, _mm512_set1_ps(limit), _CMP_GE_OQ), part);
-    _mm512_mask_storeu_ps(weights + first, live, kept);
-    add_to(sums, kept);
+  Total total;
+  for (int first = 0; first < count; first += WIDTH) {
+    const Floats part = load_first(weights + first, count - first);
+    const Floats rest = kept(part >= splat(limit), part);
+    store_first(weights + first, rest, count - first);
+    total.add(rest);
   }
-  return _mm512_reduce_add_pd(_mm512_add_pd(sums[0], sums[1]));
+  return total.value();
 }
 
 // Writes exp((logit - largest) / temperature) of what top-k, then top-p, then min-p leave, 0 elsewhere; returns the sum.
@@ -78,16 +72,14 @@ double weigh(const float* logits, int count, const Sampling& sampling, float* we
     std::fill(weights, weights + count, 0.0f);
     return NAN;
   }
-  const __m512 top = _mm512_set1_ps(found), inverse = _mm512_set1_ps(1.0f / sampling.temperature);
-  __m512d sums[2] = {_mm512_setzero_pd(), _mm512_setzero_pd()};
-  for (int first = 0; first < count; first += 16) {
-    const __mmask16 live = lanes(count - first);
-    const __m512 part = _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), live, logits + first);
-    const __m512 weight = exp_ps(_mm512_mul_ps(_mm512_sub_ps(part, top), inverse));
-    _mm512_mask_storeu_ps(weights + first, live, weight);
-    add_to(sums, weight);
+  const Floats top = splat(found), inverse = splat(1.0f / sampling.temperature);
+  Total sums;
+  for (int first = 0; first < count; first += WIDTH) {
+    const Floats weight = exp((load_first(logits + first, count - first, -INFINITY) - top) * inverse);
+    store_first(weights + first, weight, count - first);
+    sums.add(weight);
   }
-  double total = _mm512_reduce_add_pd(_mm512_add_pd(sums[0], sums[1]));
+  double total = sums.value();
   if (sampling.top_k > 0 && sampling.top_k < count) {
     int number = 0;
     total = cut_below(walk_down(weights, count, [&](float) { return ++number >= sampling.top_k; }), weights, count);
@@ -108,10 +100,7 @@ int draw_by(const float* weights, int count, double total, double uniform) {
   double reached = 0.0;
   int last = -1;  // the last block with any mass, in case rounding never reaches what is wanted
   for (int first = 0; first < count; first += 16) {
-    const __m512 part = _mm512_maskz_loadu_ps(lanes(count - first), weights + first);
-    __m512d sums[2] = {_mm512_setzero_pd(), _mm512_setzero_pd()};
-    add_to(sums, part);
-    const double block = _mm512_reduce_add_pd(_mm512_add_pd(sums[0], sums[1]));
+    const double block = sum_of(weights + first, std::min(WIDTH, count - first));
     if (block > 0.0) last = first;
     if (reached + block <= wanted) {
       reached += block;

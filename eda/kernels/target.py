@@ -13,12 +13,14 @@ from eda.answers import Answer, Likeliest, Logits, Need
 from eda.attention import PackedBatch
 from eda.config import ModelConfig
 from eda.kernels.library import Layer, LoraLayer, Shape, kernels
+from eda.kernels.memory import WeightMemory
 from eda.kernels.parallel import num_threads
 from eda.kernels.tokens import SegmentWeights, TokenArrays, as_pointer
 from eda.kernels.weights import (
     BLOCK,
     PackedLowRank,
     PackedWeight,
+    WeightFormat,
     float_vector,
     packed_gate_up,
     padded_intermediate,
@@ -26,6 +28,7 @@ from eda.kernels.weights import (
 from eda.kv_cache import KVCache
 from eda.layers import DecoderLayer
 from eda.lora import LoraAdapter, LoraSegment, LowRank
+from eda.quantised import QuantisedWeight
 
 HEAD_SIZES = (32, 64, 128)
 
@@ -73,16 +76,25 @@ class TargetKernel:
     """Takes over the layers of one target; their own weights may be dropped afterwards."""
 
     def __init__(
-        self, config: ModelConfig, layers: Sequence[DecoderLayer], norm: Tensor, head: Tensor
+        self,
+        config: ModelConfig,
+        layers: Sequence[DecoderLayer],
+        norm: Tensor,
+        head: Tensor | QuantisedWeight,
+        *,
+        weights: WeightFormat = "bfloat16",
     ) -> None:
+        """Tensors are rounded to ``weights``; layers and a head that are quantised already stay as they are."""
         library = kernels()
         assert library is not None
         self._library = library
         self._config = config
+        self._weights = weights
+        self._memory = WeightMemory()
         self._kept: list[PackedWeight | Tensor] = []
         self._layers = (Layer * config.num_layers)(*(self._layer(layer) for layer in layers))
         self._norm = float_vector(norm)
-        self._head = PackedWeight(head)
+        self._head = PackedWeight(head, format=weights, memory=self._memory)
         self._shape = Shape(
             config.hidden_size,
             config.num_heads,
@@ -98,11 +110,13 @@ class TargetKernel:
     def _layer(self, layer: DecoderLayer) -> Layer:
         projections = layer.fused_projections()
         attention = layer.attention
+        own = {name: linear.quantised or linear.weight for name, linear in projections.items()}
+        format, memory = self._weights, self._memory
         weights = [
-            PackedWeight(projections["qkv"].weight),
-            PackedWeight(projections["output"].weight),
-            packed_gate_up(projections["gate_up"].weight, self._config.intermediate_size),
-            PackedWeight(projections["down"].weight),
+            PackedWeight(own["qkv"], format=format, memory=memory),
+            PackedWeight(own["output"], format=format, memory=memory),
+            packed_gate_up(own["gate_up"], self._config.intermediate_size, format=format, memory=memory),
+            PackedWeight(own["down"], format=format, memory=memory),
         ]
         hidden_padded = -(-self._config.hidden_size // BLOCK) * BLOCK
         vectors: list[Tensor | None] = [
@@ -121,6 +135,19 @@ class TargetKernel:
         self._kept += [vector for vector in vectors if vector is not None]
         pointers = [0 if vector is None else vector.data_ptr() for vector in vectors]
         return Layer(*(weight.struct for weight in weights), *pointers)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights that a pass reads."""
+        return self._head.num_bytes + sum(
+            part.num_bytes for part in self._kept if isinstance(part, PackedWeight)
+        )
+
+    @property
+    def formats(self) -> tuple[WeightFormat, ...]:
+        """The formats of the layers' weights and of the output head, each once."""
+        weights = [part for part in self._kept if isinstance(part, PackedWeight)]
+        return tuple(dict.fromkeys(part.format for part in [*weights, self._head]))
 
     def run(
         self,

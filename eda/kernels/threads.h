@@ -5,20 +5,33 @@
 // those for a whole tick of the system's clock.
 #pragma once
 
-#include <immintrin.h>
+#include <unistd.h>
+#if defined(__linux__) && !defined(EDA_SCALAR)
 #include <linux/futex.h>
 #include <sys/syscall.h>
-#include <unistd.h>
+#define EDA_FUTEX 1
+#endif
 
 #include <atomic>
 #include <chrono>
 #include <climits>
+#include <condition_variable>
 #include <functional>
 #include <mutex>
 #include <thread>
 #include <vector>
 
 #include "governor.h"
+
+namespace {
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
 
 inline int64_t nanoseconds() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -32,23 +45,38 @@ class alignas(64) Signal {
   // Whoever registers as a sleeper after the second line finds the new value when it goes to sleep.
   void raise() {
     value_.fetch_add(1);
-    if (sleepers_.load()) syscall(SYS_futex, &value_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+    if (sleepers_.load()) wake();
   }
 
   // Returns once the value is not `seen`, and how many nanoseconds of that were spent asleep.
   int64_t wait(uint32_t seen, int spins) {
     for (; spins; --spins) {
       if (value() != seen) return 0;
-      _mm_pause();
+      pause();
     }
     const int64_t start = nanoseconds();
     sleepers_.fetch_add(1);
-    while (value() == seen) syscall(SYS_futex, &value_, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+    while (value() == seen) sleep(seen);
     sleepers_.fetch_sub(1);
     return nanoseconds() - start;
   }
 
  private:
+#if EDA_FUTEX
+  void wake() { syscall(SYS_futex, &value_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0); }
+  void sleep(uint32_t seen) { syscall(SYS_futex, &value_, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0); }
+#else
+  void wake() {
+    std::lock_guard<std::mutex> guard(lock_);  // none may be between its look at the value and its sleep
+    changed_.notify_all();
+  }
+  void sleep(uint32_t seen) {
+    std::unique_lock<std::mutex> guard(lock_);
+    changed_.wait(guard, [&] { return value() != seen; });
+  }
+  std::mutex lock_;
+  std::condition_variable changed_;
+#endif
   std::atomic<uint32_t> value_{0};
   std::atomic<int> sleepers_{0};
 };
@@ -137,3 +165,5 @@ inline Pool& pool_of(int size) {
   if (governor.at_rest(lost)) return full;
   return exact_pool(governor.next(nanoseconds(), lost));
 }
+
+}  // namespace

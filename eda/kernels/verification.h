@@ -23,29 +23,26 @@ struct VerifiedRow {
 inline float draft_probability(const VerifiedRow& row, const float* probabilities, int64_t token_id) {
   const int count = row.num_columns;
   if (!row.draft_token_ids) return token_id >= 0 && token_id < count ? probabilities[token_id] : 0.0f;
-  for (int first = 0; first < count; first += 8) {
-    const __mmask8 live = __mmask8((1u << std::min(8, count - first)) - 1);
-    const __m512i ids = _mm512_maskz_loadu_epi64(live, row.draft_token_ids + first);
-    if (const __mmask8 equal = _mm512_mask_cmpeq_epi64_mask(live, ids, _mm512_set1_epi64(token_id)))
-      return probabilities[first + __builtin_ctz(equal)];
+  // Whole blocks are searched without a branch for each column.
+  constexpr int BLOCK_OF_IDS = 32;
+  for (int first = 0; first < count; first += BLOCK_OF_IDS) {
+    const int64_t* ids = row.draft_token_ids + first;
+    const int size = std::min(BLOCK_OF_IDS, count - first);
+    int found = -1;
+    for (int i = 0; i < size; ++i) found = ids[i] == token_id ? i : found;
+    if (found >= 0) return probabilities[first + found];
   }
   return 0.0f;
 }
 
 // Turns the target's `weights` into the residual, not normalised; returns its sum. NaN stays, for the caller to see.
 double subtract_draft(const VerifiedRow& row, const float* probabilities, double total, int count, float* weights) {
-  const __m512 scale = _mm512_set1_ps(float(1.0 / total));
-  for (int first = 0; first < count; first += 16) {
-    const __mmask16 live = lanes(count - first);
-    _mm512_mask_storeu_ps(weights + first, live, _mm512_mul_ps(_mm512_maskz_loadu_ps(live, weights + first), scale));
-  }
+  multiply_by(float(1.0 / total), weights, count);
   for (int column = 0; column < row.num_columns; ++column)
     weights[row.draft_token_ids ? row.draft_token_ids[column] : column] -= probabilities[column];
-  for (int first = 0; first < count; first += 16) {
-    const __mmask16 live = lanes(count - first);
-    const __m512 part = _mm512_maskz_loadu_ps(live, weights + first);
-    const __mmask16 negative = _mm512_cmp_ps_mask(part, _mm512_setzero_ps(), _CMP_LT_OQ);
-    _mm512_mask_storeu_ps(weights + first, live, _mm512_mask_mov_ps(part, negative, _mm512_setzero_ps()));
+  for (int first = 0; first < count; first += WIDTH) {
+    const Floats part = load_first(weights + first, count - first);
+    store_first(weights + first, cleared(zeros() > part, part), count - first);
   }
   return sum_of(weights, count);
 }

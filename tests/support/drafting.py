@@ -11,6 +11,7 @@ from eda.attention import AttentionRow, PackedBatch
 from eda.draft import DraftConfig, DraftModel
 from eda.kernels.draft import DraftHead, DraftKernel
 from eda.kernels.library import DraftRow, Sampling
+from eda.kernels.weights import WeightFormat
 from eda.kv_cache import Extent
 from eda.private import PrivateModule, PrivateSegment
 from tests.support.narrow import narrow_draft
@@ -55,10 +56,10 @@ class Part:
 class Rounds:
     """The same draft thrice: on the C++ passes, and on torch in bfloat16 and in float32.
 
-    Without ``quantised`` the first reads the same weights as the others, so that errors are those of its sums.
+    In bfloat16 the first reads the same weights as the others, so that errors are those of its sums.
     """
 
-    def __init__(self, config: DraftConfig, seed: int = 0, *, quantised: bool = False) -> None:
+    def __init__(self, config: DraftConfig, seed: int = 0, *, weights: WeightFormat = "bfloat16") -> None:
         self.config = config
         self.narrow, self.wide = narrow_draft(config, seed)
         generator = torch.Generator().manual_seed(seed + 1)
@@ -66,8 +67,8 @@ class Rounds:
         rows = torch.randn(config.draft_vocab_size, config.hidden_size, generator=generator)
         self.head_rows = (rows * 0.4).bfloat16()
         self.cache = self.narrow.new_cache(NUM_SLOTS)
-        self.kernel = DraftKernel(self.narrow, self.cache, quantised=quantised)
-        self.head = DraftHead(self.head_rows, self.embedding, quantised=quantised)
+        self.kernel = DraftKernel(self.narrow, self.cache, weights=weights)
+        self.head = DraftHead(self.head_rows, self.embedding, weights=weights)
         self._torch_caches = {draft: draft.new_cache(NUM_SLOTS) for draft in (self.narrow, self.wide)}
         self._generator = generator
 

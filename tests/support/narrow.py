@@ -14,7 +14,9 @@ from torch import Tensor
 from eda.backends.loading import load_fine_tune, load_target
 from eda.draft import DraftConfig, DraftModel
 from eda.kernels.body import CpuBody
+from eda.kernels.weights import WeightFormat
 from eda.private import PrivateConfig, PrivateModule
+from eda.quantised import QuantisedWeight
 from eda.target import FineTune, TargetModel, TargetOutput
 from tests.support.tiny import randomise, tiny_lora, tiny_target
 
@@ -55,14 +57,23 @@ def narrow_module(config: PrivateConfig, seed: int, scale: float = 0.2) -> Priva
     return module
 
 
-def load(path: Path, *, kernel: bool = True) -> TargetModel:
-    """The model in bfloat16, on the C++ passes or on torch."""
+def load(path: Path, *, kernel: bool = True, weights: WeightFormat = "bfloat16") -> TargetModel:
+    """The model in bfloat16, on the C++ passes or on torch; the first may round its weights."""
     with pytest.MonkeyPatch.context() as patch:
-        if not kernel:
+        if not kernel or weights != "bfloat16":
             patch.setattr("eda.backends.loading.supports", lambda *_: False)
         model = load_target(path, dtype=torch.bfloat16)
+    if kernel and weights != "bfloat16":
+        use_kernel(model, weights=weights)
     assert isinstance(model.body, CpuBody) is kernel
     return model
+
+
+def use_kernel(
+    model: TargetModel, head: QuantisedWeight | None = None, weights: WeightFormat = "bfloat16"
+) -> None:
+    """Moves a model from torch to the C++ passes."""
+    model.body = CpuBody.replacing(model, weights=weights, head=head)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from eda.kernels.library import kernels
 @pytest.fixture(scope="session")
 def _needs_kernels() -> None:
     if kernels() is None:
-        pytest.skip("the C++ passes cannot run here: no AVX512-BF16, no C++ compiler, or EDA_CPU_KERNELS=0")
+        pytest.skip("the C++ passes cannot run here: no AVX2 or NEON, no C++ compiler, or EDA_CPU_KERNELS=0")
 
 
 @pytest.fixture

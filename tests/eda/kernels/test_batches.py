@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from eda.backends.loading import load_fine_tune
+from eda.kernels.weights import WEIGHT_FORMATS
 from eda.lora import LoraAdapter
 from eda.target import TargetModel
 from tests.support.narrow import load, narrow_lora, narrow_target, outputs_of
@@ -34,9 +35,9 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return narrow_target(tmp_path_factory.mktemp(request.param), request.param, **sizes)
 
 
-@pytest.fixture(scope="module")
-def model(path: Path) -> TargetModel:
-    return load(path)
+@pytest.fixture(scope="module", params=WEIGHT_FORMATS)
+def model(request: pytest.FixtureRequest, path: Path) -> TargetModel:
+    return load(path, weights=request.param)
 
 
 @pytest.fixture(scope="module")

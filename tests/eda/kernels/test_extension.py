@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from eda.kernels.draft import DraftHead
+from eda.kernels.weights import WeightFormat
 from eda.private import PrivateModule
 from tests.support.drafting import Part, Rounds, draft_config
 from tests.support.narrow import mean_error, narrow_module
@@ -68,9 +69,9 @@ def test_different_private_modules_in_one_pass(sizes: str) -> None:
     check_two_rounds(rounds, modules_for(rounds))
 
 
-@pytest.mark.parametrize("quantised", [False, True])
-def test_a_row_alone_and_among_others_is_the_same_to_the_bit(quantised: bool) -> None:
-    rounds = Rounds(draft_config(), quantised=quantised)
+@pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
+def test_a_row_alone_and_among_others_is_the_same_to_the_bit(weights: WeightFormat) -> None:
+    rounds = Rounds(draft_config(), weights=weights)
     parts = [
         rounds.part(extent, count, module)
         for extent, count, module in zip(
@@ -82,9 +83,9 @@ def test_a_row_alone_and_among_others_is_the_same_to_the_bit(quantised: bool) ->
         assert torch.equal(rounds.extend([part])[0][0], together[place])
 
 
-@pytest.mark.parametrize("quantised", [False, True])
-def test_an_extension_in_pieces_is_the_same_to_the_bit(quantised: bool) -> None:
-    rounds = Rounds(draft_config(), quantised=quantised)
+@pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
+def test_an_extension_in_pieces_is_the_same_to_the_bit(weights: WeightFormat) -> None:
+    rounds = Rounds(draft_config(), weights=weights)
     module = modules_for(rounds)[1]
     [extent] = rounds.extents(1)
     whole = rounds.part(extent, 12, module)
@@ -102,7 +103,7 @@ def test_a_target_in_float32_beside_a_draft_in_bfloat16() -> None:
     part.num_steps = 5
     hidden, chains = rounds.extend([part])
     logits = rounds.step_logits(part, hidden[0], chains[0])
-    rounds.head = DraftHead(rounds.head_rows.float(), rounds.embedding.float(), quantised=False)
+    rounds.head = DraftHead(rounds.head_rows.float(), rounds.embedding.float(), weights="bfloat16")
     rounds.embedding, part.features = rounds.embedding.float(), part.features.float()
     found, found_chains = rounds.extend([part])
     assert torch.equal(found, hidden)

@@ -1,5 +1,6 @@
 """Building the C++ passes, and models on machines that cannot."""
 
+import ctypes
 import logging
 import os
 import shutil
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from eda.backends.loading import load_target
-from eda.kernels import library
+from eda.kernels import build, library
 from eda.target import TorchBody
 from tests.support.narrow import load, narrow_target
 from tests.support.passes import complete, random_tokens
@@ -19,7 +20,8 @@ from tests.support.passes import complete, random_tokens
 @pytest.fixture(autouse=True)
 def _forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each test asks anew, and the tests behind it do so too."""
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(build, "can_run", lambda _: True)
+    monkeypatch.setattr(library, "can_run", lambda _: True)
     library.kernels.cache_clear()
     yield
     library.kernels.cache_clear()
@@ -63,16 +65,63 @@ def test_the_switch(
     check_that_models_run_on_torch(tmp_path)
 
 
-def test_a_processor_without_bfloat16(
-    monkeypatch: pytest.MonkeyPatch, cache: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("is_arm", "capability", "instructions", "can_run"),
+    [
+        (False, "DEFAULT", "native", False),
+        (False, "NO AVX", "native", False),
+        (False, "NO AVX", "scalar", True),
+        (False, "AVX2", "native", True),
+        (False, "AVX512", "avx2", True),
+        (True, "DEFAULT", "native", True),
+    ],
+)
+def test_processors(
+    monkeypatch: pytest.MonkeyPatch,
+    cache: Path,
+    caplog: pytest.LogCaptureFixture,
+    is_arm: bool,
+    capability: str,
+    instructions: str,
+    can_run: bool,
 ) -> None:
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
-    assert library.kernels() is None
-    monkeypatch.delattr("torch.cpu._is_avx512_bf16_supported")  # private in torch, so it may go
-    library.kernels.cache_clear()
-    assert library.kernels() is None
-    assert not cache.exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(build, "_IS_ARM", is_arm)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert build.can_run(instructions) is can_run
+    if not can_run:
+        assert library.kernels() is None
     assert not caplog.records
+
+
+def test_a_name_of_no_instructions(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    monkeypatch.setenv("EDA_CPU_ISA", "mmx")
+    with pytest.raises(ValueError, match="EDA_CPU_ISA is 'mmx'; here it can be native, scalar"):
+        library.kernels()
+
+
+def test_a_library_of_another_layout_is_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Packed(ctypes.Structure):
+        _fields_ = (*library.Packed._fields_[:1], ("k", ctypes.c_int32), ("n", ctypes.c_int32))
+
+    monkeypatch.setattr(library, "_STRUCTURES", (Packed, *library._STRUCTURES[1:]))
+    assert library.kernels() is None
+    assert "laid out" in caplog.text
+
+
+def test_every_structure_and_function_is_checked() -> None:
+    structures = [
+        value
+        for value in vars(library).values()
+        if isinstance(value, type) and issubclass(value, ctypes.Structure)
+    ]
+    assert set(structures) == set(library._STRUCTURES)
+    passes = library.kernels()
+    assert passes is not None
+    for name, types in library._ARGUMENTS.items():
+        assert tuple(getattr(passes, name).argtypes) == types
 
 
 def test_no_compiler(
@@ -143,7 +192,7 @@ def test_a_cache_that_cannot_be_written(
 
 def built_by(monkeypatch: pytest.MonkeyPatch, path: Path) -> Path:
     use(monkeypatch, path)
-    return library._built(str(path))
+    return build.built(str(path), build.wanted_instructions())
 
 
 def test_a_build_appears_whole_and_is_reused(
@@ -176,27 +225,29 @@ def test_a_build_that_another_process_finished_meanwhile_is_replaced_whole(
         assert open_before.read() == "theirs"
 
 
-@pytest.mark.parametrize("change", ["processor", "compiler", "flags", "source"])
+@pytest.mark.parametrize("change", ["processor", "compiler", "flags", "instructions", "source"])
 def test_another_version_is_another_file(
     monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path, change: str
 ) -> None:
     program = compiler(tmp_path, 'echo done > "$OUT"')
     first = built_by(monkeypatch, program)
     if change == "processor":
-        monkeypatch.setattr(library, "_processor", lambda: "flags: other")
+        monkeypatch.setattr(build, "processor", lambda: "flags: other")
+    elif change == "instructions":
+        monkeypatch.setenv("EDA_CPU_ISA", "scalar")
     elif change == "flags":
-        monkeypatch.setattr(library, "_FLAGS", ("-O1",))
+        monkeypatch.setattr(build, "FLAGS", ("-O1",))
     elif change == "compiler":
         program = shutil.copy(program, tmp_path / "other")
     else:
-        source = shutil.copytree(Path(library.__file__).parent, tmp_path / "source")
-        with (source / library._SOURCES[-1]).open("a") as file:
+        source = shutil.copytree(Path(build.__file__).parent, tmp_path / "source")
+        with (source / build.SOURCES[-1]).open("a") as file:
             file.write("// more\n")
-        monkeypatch.setattr(library, "__file__", str(source / "library.py"))
+        monkeypatch.setattr(build, "__file__", str(source / "build.py"))
     assert built_by(monkeypatch, program) != first
     assert len(os.listdir(cache)) == 2
 
 
 def test_every_header_counts_as_source() -> None:
-    here = Path(library.__file__).parent
-    assert {path.name for path in here.iterdir() if path.suffix in (".h", ".cpp")} == set(library._SOURCES)
+    here = Path(build.__file__).parent
+    assert {path.name for path in here.iterdir() if path.suffix in (".h", ".cpp")} == set(build.SOURCES)
