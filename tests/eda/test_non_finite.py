@@ -7,15 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from eda.answers import Logits
+from eda.backends.eager.verifier import RulesVerifier
 from eda.backends.loading import load_target
 from eda.errors import NonFiniteLogitsError
 from eda.generation import GenerationRequest, generate
 from eda.kernels.library import kernels
+from eda.kernels.verification import CpuVerifier
 from eda.kinds import Off
 from eda.sampling_params import SamplingParams
 from eda.speculative import ScheduledRow, SequenceState, SpeculativeDecoder
 from eda.target import FineTune
-from eda.verification import Proposal, VerificationRow, verify
+from eda.verification import AnswerLines, Proposal, Verdict, VerificationRow
 from tests.support.tiny import tiny_target
 
 SAMPLINGS = {
@@ -59,12 +62,15 @@ def test_a_row_without_finite_logits_emits_nothing(
     bad[1] = damaged(kind, logits[1])  # the chain's root
     bad[4] = damaged(kind, logits[4])
 
-    def verdicts(given: Tensor) -> list[object]:
-        return list(verify(given, rows, torch.Generator().manual_seed(0), in_kernel=in_kernel))
+    def verdicts(given: Tensor) -> list[Verdict]:
+        generator = torch.Generator().manual_seed(0)
+        rules = RulesVerifier(generator)
+        verifier = CpuVerifier(rules, generator) if in_kernel else rules
+        return verifier.verify(rows, [AnswerLines(Logits(given), first) for first in (0, 1, 4, 5)])
 
     found, expected = verdicts(bad), verdicts(logits)
     for place in (1, 2):
-        verdict = verify(bad, rows, torch.Generator().manual_seed(0), in_kernel=in_kernel)[place]
+        verdict = found[place]
         assert (verdict.is_finite, verdict.token_ids, verdict.logprobs) == (False, [], None)
     assert (found[0], found[3]) == (expected[0], expected[3])
 
