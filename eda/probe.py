@@ -20,7 +20,7 @@ def require_usable(fine_tune: FineTune) -> None:
     tokens = places * (model.config.vocab_size - 1) // max(1, count - 1)
     segments = fine_tune.lora_segments(0, count)
     batch = PackedBatch(places, places, [AttentionRow(0, count, 0, count)], rope_lengths=places + 1)
-    output = model(tokens, batch, model.new_cache(count), segments, with_features=False)
+    output = model(tokens, batch, model.new_cache(count), segments)
     logits = model.logits(output.hidden, segments)
     lowest, highest = logits.aminmax(dim=-1)
     if not (lowest.isfinite() & highest.isfinite()).all():
