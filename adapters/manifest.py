@@ -11,7 +11,6 @@ from adapters.errors import CorruptVersionError
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "adapter.json"
-WEIGHTS_FILE = "private.safetensors"
 MAX_MANIFEST_BYTES = 1024 * 1024
 SIZE_FIELDS = ("hidden_size", "num_features", "intermediate_size", "fc_rank")
 LATER_SIZE_FIELDS = ("attention_rank", "query_size", "kv_size")

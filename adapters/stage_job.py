@@ -13,7 +13,7 @@ from adapters.pipeline import StageContext
 from adapters.recorded import RecordedPrompts
 from adapters.spec import DRAFT_ROOM, AdaptationSpec
 from adapters.template_renderer import TemplateRenderer
-from adapters.workspaces import PROMPTS_FILE, SAMPLES_FILE
+from adapters.workspaces import PROMPTS_FILE
 from eda.draft import DraftModel
 from eda.errors import DataError, MismatchError
 from eda.speculative import SpeculativeDecoder
@@ -22,7 +22,7 @@ from eda.training.evaluate import EvaluationConfig
 from eda.training.progress import OnProgress, ProgressEvent, StageStoppedError
 from eda.training.prompts import ChatFormat, Prompt, read_prompts, split_held_out
 from eda.training.regenerate import RegenerationConfig
-from eda.training.samples import read_samples
+from eda.training.samples import SAMPLES_FILE, read_samples
 from eda.training.self_prompts import SelfPromptConfig, write_own_prompts
 
 _OWN_PROMPTS_SHARE = 0.3

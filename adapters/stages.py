@@ -16,8 +16,8 @@ from adapters.recorded import RecordedPrompts
 from adapters.stage_job import AdaptationDefaults, StageJob, StageModels
 from adapters.store import AdapterStore
 from adapters.worker_process import WorkerSettings
-from eda.draft import DraftModel
 from eda.errors import DataError
+from eda.files import PRIVATE_WEIGHTS_FILE
 from eda.private import PrivateConfig, PrivateModule
 from eda.target import FineTune
 from eda.training.evaluate import PLAIN, EvaluationConfig, Measurement, Variant, evaluate
@@ -25,12 +25,12 @@ from eda.training.files import provenance
 from eda.training.private_module import PrivateTrainingConfig, train_private_module
 from eda.training.prompts import Prompt
 from eda.training.regenerate import RegenerationConfig, regenerate
-from eda.training.samples import Sample, read_samples, write_samples
+from eda.training.samples import SAMPLES_FILE, Sample, read_samples, write_samples
 from eda.training.selection import DEFAULT_SCORE, Score, score_samples, select
+from eda.training.trainees import private_share
 from eda.training.trainer import TrainingConfig
 from eda.training.triage import triage
 
-WEIGHTS_FILE = "private.safetensors"
 SHARED = "shared"
 PRIVATE = "private"
 INCUMBENT = "incumbent"
@@ -170,19 +170,19 @@ class TrainingStages:
                 self._models.fine_tune,
                 self._models.training_draft,
                 read_samples(context.workspace / "selected.jsonl"),
-                read_samples(context.workspace / "held_out" / "samples.jsonl"),
+                read_samples(context.workspace / "held_out" / SAMPLES_FILE),
                 directory,
                 config,
                 on_progress=progress,
                 should_stop=stop,
             )
         )
-        module.to(torch.bfloat16).save(context.workspace / WEIGHTS_FILE)
+        module.to(torch.bfloat16).save(context.workspace / PRIVATE_WEIGHTS_FILE)
         summary = {name: value for name, value in asdict(report).items() if name != "history"}
         return {
             **summary,
             "sizes": asdict(module.config),
-            "share_of_draft": _share(module, self._models.draft),
+            "share_of_draft": private_share(module, self._models.draft),
         }
 
     def evaluate(self, context: StageContext) -> Result:
@@ -244,7 +244,9 @@ class TrainingStages:
             },
             metrics=context.results["evaluate"],
         )
-        published = self._store.publish(context.workspace / WEIGHTS_FILE, manifest, permit=self._permit)
+        published = self._store.publish(
+            context.workspace / PRIVATE_WEIGHTS_FILE, manifest, permit=self._permit
+        )
         return {"version": published.version}
 
     # --- inside ---
@@ -278,7 +280,7 @@ class TrainingStages:
         sizes = context.results["train"]["sizes"]
         config = PrivateConfig(**sizes)
         weight = self._models.draft.fc.weight
-        path = context.workspace / WEIGHTS_FILE
+        path = context.workspace / PRIVATE_WEIGHTS_FILE
         return PrivateModule.load(path, config, dtype=weight.dtype, device=weight.device)
 
     def _incumbent(self, context: StageContext) -> PrivateModule | None:
@@ -292,10 +294,6 @@ class TrainingStages:
         except AdapterServiceError as error:
             context.message(f"the active version cannot be measured: {error}")
             return None
-
-
-def _share(module: PrivateModule, draft: DraftModel) -> float:
-    return module.num_parameters / (module.num_parameters + draft.num_parameters)
 
 
 def _summary(measured: dict[str, Measurement]) -> Result:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import CorruptVersionError
+from eda.files import PICKLE_SUFFIXES
 
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 MAX_TENSORS = 100_000
@@ -20,7 +21,7 @@ _DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
     "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
-_UNSAFE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy"})
+_UNSAFE_SUFFIXES = PICKLE_SUFFIXES | {".npy"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from eda.config import ModelConfig, read_json
 from eda.errors import CheckpointError, UnsupportedModelError
+from eda.files import PICKLE_SUFFIXES
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _FLOAT_TYPES = ("F32", "BF16", "F16", "F64")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -257,7 +257,7 @@ def _existing(path: Path, name: str) -> Path:
         return path / name
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory")
-    pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix.lower() in PICKLE_SUFFIXES)
     if pickles:
         raise CheckpointError(
             f"{path} has weights as pickle only ({listed(pickles)}), which can run code when loaded; "

@@ -8,6 +8,8 @@ from pathlib import Path
 from eda.errors import DataError
 from eda.training.files import write_bytes_atomically
 
+SAMPLES_FILE = "samples.jsonl"
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:

@@ -12,8 +12,8 @@ from eda.speculative import SpeculativeDecoder
 from eda.target import FineTune
 from eda.training.progress import StageStoppedError
 from eda.training.prompts import prompts_from_strings
-from eda.training.regenerate import SAMPLES_FILE, RegenerationConfig, is_sampled, regenerate
-from eda.training.samples import read_samples
+from eda.training.regenerate import RegenerationConfig, is_sampled, regenerate
+from eda.training.samples import SAMPLES_FILE, read_samples
 from eda.training.self_prompts import ATTEMPTS_FILE, SelfPromptConfig, write_own_prompts
 
 CONFIG = RegenerationConfig(max_tokens=8, max_prompt_tokens=60, sampled_share=0.5, batch_size=4)
