@@ -15,7 +15,7 @@ from adapters.service import AdapterService, ServiceSettings
 from adapters.store import AdapterStore
 from adapters.submission import DataLimits
 from adapters.traffic import TrafficRecorder
-from adapters.worker_process import DATABASE_FILE, WorkerSettings
+from adapters.worker_settings import DATABASE_FILE, WorkerSettings
 from adapters.workspaces import Workspaces
 from server.models import ModelPaths
 from server.settings import Settings

@@ -14,8 +14,8 @@ from adapters.errors import AdapterServiceError, InvalidInputError, JobInterrupt
 from adapters.names import check_name
 from adapters.pipeline import AdaptationResult, StageEvent, run_adaptation
 from adapters.spec import AdaptationSpec, DataSpec, TargetKind, TrainingOptions
-from adapters.stage_job import StageModels
-from adapters.stages import TrainingStages
+from adapters.stage_job import StageJob, StageModels
+from adapters.stages import stages_of
 from adapters.store import AdapterStore
 from adapters.workspaces import PROMPTS_FILE
 from eda.checkpoint import ADAPTER_CONFIG_FILE, resolve_directory
@@ -114,7 +114,7 @@ def adapt(
         workspace = store / WORK_DIRECTORY / spec.job_id
         _write_prompts(workspace / PROMPTS_FILE, rows)
         models = StageModels.load(spec, target, draft, device=device, dtype=dtype)
-        stages = TrainingStages(models, AdapterStore(store))
+        stages = stages_of(StageJob(spec, models, AdapterStore(store)))
         with progress_bars(quiet) as show, stop_on_interrupt() as should_stop:
             counts: dict[str, tuple[int, int]] = {}
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from adapters.worker_process import run_worker
+from adapters.worker_main import run_training_worker
 from server.adaptation import worker_settings
 from server.models import model_paths
 from server.settings import ConfigurationError, load_settings
@@ -50,4 +50,4 @@ def worker(
         typer.echo(f"eda worker: {error}", err=True)
         raise typer.Exit(2) from error
     logging.basicConfig(level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s")
-    run_worker(worker_settings(settings, paths, paths.draft, supervised=False))
+    run_training_worker(worker_settings(settings, paths, paths.draft, supervised=False))
