@@ -25,7 +25,7 @@ from tests.adapters.helpers import Service, wait_for, warm_processes
 from tests.server.family import save_family
 
 OPTIONS = TrainingOptions(
-    intermediate_size=8, num_steps=24, learning_rate=0.02, batch_size=2, max_tokens=12, held_out=2, seed=1
+    intermediate_size=32, num_steps=24, learning_rate=0.05, batch_size=2, max_tokens=24, held_out=3, seed=1
 )
 DEFAULTS = AdaptationDefaults(evaluation_tokens=8, batch_size=2)
 
@@ -117,4 +117,7 @@ def test_killed_real_workers_lose_and_change_nothing(
     report = setup.store.scan()
     assert report.problems == []
     assert len({manifest.weights_sha256 for manifest in report.manifests}) == 1
+    assert report.manifests[0].provenance["train"]["best_step"] > 0, (
+        "weights that learned nothing prove nothing"
+    )
     assert kills >= 4

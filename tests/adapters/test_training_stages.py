@@ -121,12 +121,16 @@ def test_triage_reports_what_the_shared_draft_keeps(family: Path, tmp_path: Path
 
 
 def test_a_stop_in_any_place_is_resumed_to_the_same_weights(family: Path, tmp_path: Path) -> None:
+    learning = replace(
+        OPTIONS, intermediate_size=32, num_steps=24, learning_rate=0.05, max_tokens=24, held_out=3
+    )
     whole = Job(family, tmp_path / "whole")
-    whole.spec = replace(whole.spec, triage=False)
+    whole.spec = replace(whole.spec, triage=False, training=learning)
     whole.run()
-    _, expected = whole.load()
+    manifest, expected = whole.load()
+    assert manifest.provenance["train"]["best_step"] > 0, "weights that nothing was learned in prove nothing"
     pieces = Job(family, tmp_path / "pieces")
-    pieces.spec = replace(pieces.spec, triage=False)
+    pieces.spec = replace(pieces.spec, triage=False, training=learning)
     stops = 0
     for budget in range(3, 60, 6):
         asked = 0
