@@ -1,7 +1,4 @@
-"""Files that survive a crash: atomic writes, durable renames, locks, free space.
-
-A rename is atomic, but only what was synced before it is durable: contents first, then the rename, then the directory.
-"""
+"""Files of the adapter service: durable trees, deletions that are never seen half-done, locks, free space."""
 
 import errno
 import fcntl
@@ -16,17 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import StorageFullError
+from eda.files import sync_directory, write_atomically
 
 MIB = 1024 * 1024
-
-
-def sync_directory(path: Path) -> None:
-    """Makes the entries of directory ``path`` durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sync_file(path: Path) -> None:
@@ -44,21 +33,6 @@ def sync_tree(root: Path) -> None:
         for name in names:
             sync_file(Path(directory) / name)
         sync_directory(Path(directory))
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces ``path`` as a whole: readers see the old content or the new one, also after a power loss."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
 
 
 def write_json_atomically(path: Path, document: Any) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Protocol
 
 from adapters.errors import CorruptVersionError
-from adapters.manifest import WEIGHTS_FILE, Fingerprints, Manifest
+from adapters.manifest import Fingerprints, Manifest
 from adapters.store import AdapterStore
 from adapters.template_renderer import TemplateRenderer
 from adapters.tensors import refuse_unsafe_files
@@ -13,6 +13,7 @@ from eda.chat_template import ChatTemplateError
 from eda.checkpoint import ADAPTER_CONFIG_FILE
 from eda.draft import DraftModel
 from eda.errors import CheckpointError, EdaError, MismatchError
+from eda.files import PRIVATE_WEIGHTS_FILE
 from eda.fingerprint import fingerprint_directory
 from eda.private import PrivateConfig, PrivateModule
 from eda.probe import require_usable
@@ -119,6 +120,8 @@ def load_private_module(directory: Path, manifest: Manifest, draft: DraftModel) 
                 f"{attention[0]} and {attention[1]}"
             )
         weight = draft.fc.weight
-        return PrivateModule.load(directory / WEIGHTS_FILE, config, dtype=weight.dtype, device=weight.device)
+        return PrivateModule.load(
+            directory / PRIVATE_WEIGHTS_FILE, config, dtype=weight.dtype, device=weight.device
+        )
     except (EdaError, ValueError) as error:
         raise CorruptVersionError(f"{directory} cannot be used: {error}") from error

@@ -11,7 +11,6 @@ from eda.json_files import read_json
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "adapter.json"
-WEIGHTS_FILE = "private.safetensors"
 MAX_MANIFEST_BYTES = 1024 * 1024
 MAX_SIZE = 1 << 22
 """Of a width or rank in elements."""

@@ -1,30 +1,21 @@
-"""One adaptation from start to end: triage -> regenerate -> select -> train -> evaluate -> publish.
+"""One adaptation from start to end: its stages, one after the other.
 
-``run_adaptation`` knows the order and what is finished; what a stage computes is behind ``AdaptationStages``. A marker
-file is written after each stage, atomically, with the stage's result. A job that is killed and run again skips what
-has a marker and enters the next stage anew, which goes on from its own files in the workspace (samples appended so
-far, the last checkpoint).
+``run_adaptation`` knows what is finished; what is computed is in each ``Stage`` (``adapters/stages.py``). A marker file
+is written after each stage, atomically, with the stage's result. A job that is killed and run again skips what has a
+marker and enters the next stage anew, which goes on from its own files in the workspace (samples appended so far, the
+last checkpoint).
 """
 
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from adapters.errors import JobInterruptedError
 from adapters.files import locked_or_raise, write_json_atomically
-from adapters.spec import STAGES, AdaptationSpec
+from adapters.spec import AdaptationSpec
 from eda.json_files import read_json
-
-STAGE_WEIGHTS = {
-    "triage": 0.05,
-    "regenerate": 0.40,
-    "select": 0.05,
-    "train": 0.38,
-    "evaluate": 0.10,
-    "publish": 0.02,
-}
-"""Usual share of each stage in a job's time; they add up to 1."""
 
 Result = dict[str, Any]
 
@@ -82,22 +73,34 @@ class StageContext:
         self.on_event(StageEvent("message", self.stage, message=text))
 
 
-class AdaptationStages(Protocol):
-    """One method per stage. Each returns a small JSON object, kept in its marker.
+class Stage(Protocol):
+    """One stage of an adaptation. A class that derives from it needs ``name``, ``weight`` and ``run``.
 
-    Keys that the pipeline reads:
-        triage: ``worthwhile`` (bool) and ``reason``.
-        train: ``seconds`` of its parts, where it knows them.
-        evaluate: ``before`` and ``after``, each with ``mean_acceptance_length``; ``incumbent`` likewise or ``None``.
-        publish: ``version`` (int).
+    Attributes:
+        name: of its marker, result and events. A job that was begun by an earlier release is resumed by these names.
+        weight: its usual share of a job's time, compared with the other stages' weights.
+        is_final: what it has done stands, also when the job is told to stop meanwhile.
     """
 
-    def triage(self, context: StageContext) -> Result: ...
-    def regenerate(self, context: StageContext) -> Result: ...
-    def select(self, context: StageContext) -> Result: ...
-    def train(self, context: StageContext) -> Result: ...
-    def evaluate(self, context: StageContext) -> Result: ...
-    def publish(self, context: StageContext) -> Result: ...
+    name: str
+    weight: float
+    is_final: bool = False
+
+    def skip(self, context: StageContext) -> Result | None:
+        """The result without any work, where the request does not ask for the stage; else ``None``."""
+        return None
+
+    @abstractmethod
+    def run(self, context: StageContext) -> Result:
+        """Does the work, or what is left of it, and returns a small JSON object.
+
+        The pipeline reads ``before`` and ``after`` of "evaluate", each with ``mean_acceptance_length``, and
+        ``incumbent``, likewise or ``None``; of "train" ``seconds`` of its parts; of "publish" ``version`` (int).
+        """
+
+    def verdict(self, result: Result) -> str | None:
+        """Why the job ends with this stage's ``result``; ``None`` when it goes on."""
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,7 @@ class AdaptationResult:
     """How an adaptation ended.
 
     Attributes:
-        version: that was published; ``None`` when triage found that it is not worth training.
+        version: that was published; ``None`` when a stage's verdict ended the job.
         activate: whether the version should be served now; ``reason`` says why, or why there is none.
         metrics: "before", "after" and, if another version was active, "incumbent".
         training_seconds: of each part of the training.
@@ -129,7 +132,7 @@ class AdaptationResult:
 def run_adaptation(
     spec: AdaptationSpec,
     workspace: Path,
-    stages: AdaptationStages,
+    stages: Sequence[Stage],
     on_event: Callable[[StageEvent], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> AdaptationResult:
@@ -142,41 +145,31 @@ def run_adaptation(
     """
     with locked_or_raise(workspace / ".lock", timeout=10.0, purpose="the job's workspace"):
         results: dict[str, Result] = {}
-        for name in STAGES:
-            results[name] = _run_stage(name, spec, workspace, stages, results, on_event, should_stop)
-            if name == "triage" and not results[name].get("worthwhile", True):
-                return AdaptationResult(None, activate=False, reason=str(results[name].get("reason", "")))
+        for stage in stages:
+            context = StageContext(stage.name, spec, workspace, dict(results), on_event, should_stop)
+            result = results[stage.name] = _run_stage(stage, context)
+            if (reason := stage.verdict(result)) is not None:
+                return AdaptationResult(None, activate=False, reason=reason)
         return _conclude(spec, results)
 
 
-def _run_stage(
-    name: str,
-    spec: AdaptationSpec,
-    workspace: Path,
-    stages: AdaptationStages,
-    results: Mapping[str, Result],
-    on_event: Callable[[StageEvent], None],
-    should_stop: Callable[[], bool],
-) -> Result:
-    marker = workspace / "stages" / f"{name}.json"
-    finished = _read_marker(marker, spec)
+def _run_stage(stage: Stage, context: StageContext) -> Result:
+    marker = context.workspace / "stages" / f"{stage.name}.json"
+    finished = _read_marker(marker, context.spec)
     if finished is not None:
         return finished
-    if should_stop():
-        raise JobInterruptedError(f"stopped before stage {name!r}")
-    if name == "triage" and not spec.triage:
-        result: Result = {"worthwhile": True, "reason": "not asked for"}
-    else:
-        on_event(StageEvent("stage_started", name))
-        context = StageContext(name, spec, workspace, dict(results), on_event, should_stop)
-        result = getattr(stages, name)(context)
-    # A stage may return early when it is told to stop, so only an undisturbed one counts as finished. A version that
-    # is published stays published: publish has no early return.
-    if name != "publish" and should_stop():
-        raise JobInterruptedError(f"stopped in stage {name!r}")
+    if context.should_stop():
+        raise JobInterruptedError(f"stopped before stage {stage.name!r}")
+    result = stage.skip(context)
+    if result is None:
+        context.on_event(StageEvent("stage_started", stage.name))
+        result = stage.run(context)
+    # A stage may return early when it is told to stop, so only an undisturbed one counts as finished.
+    if not stage.is_final and context.should_stop():
+        raise JobInterruptedError(f"stopped in stage {stage.name!r}")
     marker.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomically(marker, {"spec": spec.fingerprint(), "result": result})
-    on_event(StageEvent("stage_finished", name, 1.0, data=result))
+    write_json_atomically(marker, {"spec": context.spec.fingerprint(), "result": result})
+    context.on_event(StageEvent("stage_finished", stage.name, 1.0, data=result))
     return result
 
 
@@ -223,9 +216,10 @@ class ProgressEstimator:
     again, and one may do several things of which only the next one's length is known.
     """
 
-    def __init__(self, clock: Callable[[], float], reached: float = 0.0) -> None:
+    def __init__(self, stages: Sequence[Stage], clock: Callable[[], float], reached: float = 0.0) -> None:
         self._clock = clock
         self._reached = reached
+        self._spans = _spans(stages)
         self._stage = ""
         self._stage_started = clock()
 
@@ -234,10 +228,21 @@ class ProgressEstimator:
         now = self._clock()
         if stage != self._stage:
             self._stage, self._stage_started = stage, now
-        before = sum(STAGE_WEIGHTS[name] for name in STAGES[: STAGES.index(stage)])
-        overall = before + STAGE_WEIGHTS[stage] * fraction
+        before, share = self._spans[stage]
+        overall = before + share * fraction
         self._reached = max(self._reached, overall)
         if fraction < 0.05:
             return self._reached, None
-        seconds_per_unit = (now - self._stage_started) / (fraction * STAGE_WEIGHTS[stage])
+        seconds_per_unit = (now - self._stage_started) / (fraction * share)
         return self._reached, max(0.0, (1.0 - overall) * seconds_per_unit)
+
+
+def _spans(stages: Sequence[Stage]) -> dict[str, tuple[float, float]]:
+    """By stage: the share of the job that is done before it, and its own."""
+    total = sum(stage.weight for stage in stages)
+    spans: dict[str, tuple[float, float]] = {}
+    before = 0.0
+    for stage in stages:
+        spans[stage.name] = before / total, stage.weight / total
+        before += stage.weight
+    return spans

@@ -1,6 +1,6 @@
-"""What the stages of one job share: its models, its prompts, a decoder, and how reports and stops are passed on."""
+"""What the stages of one job share: its models, its prompts, and how reports and stops are passed on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,20 +10,21 @@ import torch
 
 from adapters.errors import JobInterruptedError
 from adapters.pipeline import StageContext
-from adapters.recorded import RecordedPrompts
+from adapters.recorded_prompts import recorded_prompts, usable_records
 from adapters.spec import DRAFT_ROOM, AdaptationSpec
+from adapters.store import AdapterStore
 from adapters.template_renderer import TemplateRenderer
-from adapters.workspaces import PROMPTS_FILE, SAMPLES_FILE
+from adapters.workspaces import PROMPTS_FILE
 from eda.backends.loading import load_fine_tune, load_target
 from eda.draft import DraftModel
 from eda.errors import DataError, MismatchError
 from eda.speculative import SpeculativeDecoder
 from eda.target import FineTune, TargetModel
 from eda.training.evaluate import EvaluationConfig
-from eda.training.progress import OnProgress, ProgressEvent, StageStoppedError
+from eda.training.progress import OnProgress, ProgressEvent, ShouldStop, StageStoppedError
 from eda.training.prompts import ChatFormat, Prompt, read_prompts, split_held_out
 from eda.training.regenerate import RegenerationConfig
-from eda.training.samples import read_samples
+from eda.training.samples import SAMPLES_FILE, Sample, read_samples
 from eda.training.self_prompts import SelfPromptConfig, write_own_prompts
 
 _OWN_PROMPTS_SHARE = 0.3
@@ -88,17 +89,50 @@ class StageModels:
         )
 
 
-class StageJob:
-    """What the stages of one job share; made anew for each stage, since a stage may be the first after a crash."""
+@dataclass(frozen=True, slots=True)
+class JobPrompts:
+    """The prompts of a job.
 
-    def __init__(self, context: StageContext, models: StageModels, defaults: AdaptationDefaults) -> None:
-        self.context = context
-        self._models = models
-        self._defaults = defaults
-        self._begun = 0.0
-        options, model = context.spec.training, models.fine_tune.model
+    Attributes:
+        training, held_out: to learn from and to measure with.
+        answers: by prompt, where the data brought them along; ``None`` when the fine-tune is to answer.
+    """
+
+    training: list[Prompt]
+    held_out: list[Prompt]
+    answers: Mapping[str, Sample] | None
+
+
+class StageJob:
+    """What the stages of one job share; made once, whichever stage is the first one that is left to do.
+
+    Args:
+        permit: called right before a version becomes visible; raises when it must not.
+    """
+
+    def __init__(
+        self,
+        spec: AdaptationSpec,
+        models: StageModels,
+        store: AdapterStore,
+        *,
+        permit: Callable[[], None] = lambda: None,
+        defaults: AdaptationDefaults | None = None,
+    ) -> None:
+        self.spec = spec
+        self.models = models
+        self.store = store
+        self.permit = permit
+        self.defaults = defaults or AdaptationDefaults()
+        self._prompts: JobPrompts | None = None
+        self._begun: dict[str, float] = {}
+
+    @cached_property
+    def regeneration(self) -> RegenerationConfig:
+        """How prompts are answered. Raises ``DataError`` when the answers leave no room for prompts."""
+        options, defaults = self.spec.training, self.defaults
         config = RegenerationConfig(seed=options.seed)
-        positions = model.config.max_position_embeddings
+        positions = self.models.fine_tune.model.config.max_position_embeddings
         # Half of a short model's positions are left to prompts; a request that says otherwise was checked when it came.
         max_tokens = options.max_tokens or min(config.max_tokens, max(1, (positions - DRAFT_ROOM) // 2))
         room = positions - max_tokens - DRAFT_ROOM
@@ -108,18 +142,37 @@ class StageJob:
                 "leave no room for prompts"
             )
         prompt_tokens = min(defaults.max_prompt_tokens, room)
-        per_slot = SpeculativeDecoder.bytes_per_slot(models.base, models.draft)
+        per_slot = SpeculativeDecoder.bytes_per_slot(self.models.base, self.models.draft)
         fitting = defaults.cache_bytes // (per_slot * (max_tokens + prompt_tokens + DRAFT_ROOM))
-        self.regeneration = replace(
+        return replace(
             config,
             max_tokens=max_tokens,
             max_prompt_tokens=prompt_tokens,
             batch_size=max(1, min(defaults.batch_size, fitting)),
         )
 
+    def new_decoder(self) -> SpeculativeDecoder:
+        """One for the base and the fine-tune: caches depend on sizes, which they share.
+
+        A stage makes its own: it draws the same whether or not the stages before ran in this process, and no cache
+        takes memory while the next ones train.
+        """
+        slots = max(self.regeneration.num_slots, EvaluationConfig().num_slots) + 64
+        return SpeculativeDecoder.for_models(self.models.base, self.models.draft, num_slots=slots, seed=0)
+
+    def prompts(self, context: StageContext) -> JobPrompts:
+        """The same in every stage. The first one that asks waits while the fine-tune writes them, if it is to.
+
+        Raises ``DataError`` when there are too few.
+        """
+        if self._prompts is None:
+            self._prompts = self._read_prompts(context)
+        return self._prompts
+
     def run(
         self,
-        compute: Callable[[OnProgress, Callable[[], bool]], T],
+        context: StageContext,
+        compute: Callable[[OnProgress, ShouldStop], T],
         *,
         before: int = 0,
         total: int | None = None,
@@ -131,7 +184,7 @@ class StageJob:
             before, total: units that were done before it, and in all, when it does a part of them.
             end: share of the stage that is done after it.
         """
-        context, begun, reported = self.context, self._begun, False
+        begun, reported = self._begun.get(context.stage, 0.0), False
 
         def report(event: ProgressEvent) -> None:
             nonlocal reported
@@ -145,46 +198,33 @@ class StageJob:
         except StageStoppedError as error:
             raise JobInterruptedError(str(error)) from error
         if reported and end < 1.0:
-            self._begun = end
+            self._begun[context.stage] = end
         return result
 
-    @cached_property
-    def decoder(self) -> SpeculativeDecoder:
-        """One for the base and the fine-tune: caches depend on sizes, which they share."""
-        slots = max(self.regeneration.num_slots, EvaluationConfig().num_slots) + 64
-        return SpeculativeDecoder.for_models(self._models.base, self._models.draft, num_slots=slots, seed=0)
+    def _read_prompts(self, context: StageContext) -> JobPrompts:
+        kind, answers = self.spec.data.kind, None
+        if kind == "traffic":
+            answers = usable_records(read_samples(context.workspace / SAMPLES_FILE))
+            prompts = recorded_prompts(answers.values())
+        elif kind == "prompts":
+            prompts = read_prompts(context.workspace / PROMPTS_FILE)
+        else:
+            prompts = self._own_prompts(context)
+        options, defaults = self.spec.training, self.defaults
+        held_out = options.held_out or min(defaults.held_out, max(1, len(prompts) // 5))
+        limit = options.max_prompts or defaults.max_prompts
+        return JobPrompts(*split_held_out(prompts, held_out, seed=options.seed, limit=limit), answers)
 
-    @cached_property
-    def chat(self) -> ChatFormat:
-        if self.context.spec.data.kind != "traffic":
-            return self._models.chat
-        return RecordedPrompts.of(self._models.chat, read_samples(self.context.workspace / SAMPLES_FILE))
-
-    @cached_property
-    def prompts(self) -> tuple[list[Prompt], list[Prompt]]:
-        """Prompts to train on and to measure with; the same in every stage."""
-        spec, defaults = self.context.spec, self._defaults
-        options = spec.training
-        everything = self._all_prompts()
-        held_out = options.held_out or min(defaults.held_out, max(1, len(everything) // 5))
-        return split_held_out(
-            everything, held_out, seed=options.seed, limit=options.max_prompts or defaults.max_prompts
-        )
-
-    def _all_prompts(self) -> list[Prompt]:
-        spec, workspace = self.context.spec, self.context.workspace
-        if isinstance(self.chat, RecordedPrompts):
-            return self.chat.prompts
-        if spec.data.kind == "prompts":
-            return read_prompts(workspace / PROMPTS_FILE)
-        config = SelfPromptConfig(batch_size=self.regeneration.batch_size, seed=spec.training.seed)
+    def _own_prompts(self, context: StageContext) -> list[Prompt]:
+        config = SelfPromptConfig(batch_size=self.regeneration.batch_size, seed=self.spec.training.seed)
         return self.run(
+            context,
             lambda progress, stop: write_own_prompts(
-                self.decoder,
-                self._models.fine_tune,
-                self.chat,
-                spec.data.count,
-                workspace / "self",
+                self.new_decoder(),
+                self.models.fine_tune,
+                self.models.chat,
+                self.spec.data.count,
+                context.workspace / "self",
                 config,
                 on_progress=progress,
                 should_stop=stop,

@@ -1,9 +1,11 @@
-"""The stages of an adaptation as ``eda.training`` computes them, over one job's workspace."""
+"""The stages of an adaptation as ``eda.training`` computes them, over one job's workspace.
 
-from collections.abc import Callable, Sequence
+To add a stage, derive from ``TrainingStage`` and give it a place in ``STAGES``.
+"""
+
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Self
 
 import torch
 
@@ -11,133 +13,159 @@ from adapters.claims import Claim
 from adapters.errors import AdapterServiceError
 from adapters.loading import load_private_module
 from adapters.manifest import Manifest
-from adapters.pipeline import Result, StageContext
-from adapters.recorded import RecordedPrompts
-from adapters.stage_job import AdaptationDefaults, StageJob, StageModels
+from adapters.pipeline import Result, Stage, StageContext
+from adapters.stage_job import StageJob, StageModels
 from adapters.store import AdapterStore
-from adapters.worker_process import WorkerSettings
-from eda.draft import DraftModel
+from adapters.worker_settings import WorkerSettings
 from eda.errors import DataError
+from eda.files import PRIVATE_WEIGHTS_FILE
 from eda.private import PrivateConfig, PrivateModule
+from eda.speculative import SpeculativeDecoder
 from eda.target import FineTune
 from eda.training.evaluate import PLAIN, EvaluationConfig, Measurement, Variant, evaluate
 from eda.training.files import provenance
 from eda.training.private_module import PrivateTrainingConfig, train_private_module
 from eda.training.prompts import Prompt
-from eda.training.regenerate import RegenerationConfig, regenerate
-from eda.training.samples import Sample, read_samples, write_samples
+from eda.training.regenerate import RegenerationConfig, RegenerationReport, regenerate
+from eda.training.samples import SAMPLES_FILE, Sample, read_samples, write_samples
 from eda.training.scores import DEFAULT_SCORE, Score
 from eda.training.selection import score_samples, select
+from eda.training.trainees import private_share
 from eda.training.trainer import TrainingConfig
-from eda.training.triage import triage
+from eda.training.triage import TriageConfig, triage
 
-WEIGHTS_FILE = "private.safetensors"
+TRAINING_FILE = "training.jsonl"
+SELECTED_FILE = "selected.jsonl"
+HELD_OUT = "held_out"
 SHARED = "shared"
 PRIVATE = "private"
 INCUMBENT = "incumbent"
 
 
-class TrainingStages:
-    """``AdaptationStages`` over ``eda.training``.
+class TrainingStage(Stage):
+    """A stage over what the stages of its job share."""
 
-    Args:
-        permit: called right before a version becomes visible; raises when it must not.
-    """
+    def __init__(self, job: StageJob) -> None:
+        self.job = job
 
-    def __init__(
-        self,
-        models: StageModels,
-        store: AdapterStore,
-        *,
-        permit: Callable[[], None] = lambda: None,
-        defaults: AdaptationDefaults | None = None,
-    ) -> None:
-        self._models = models
-        self._store = store
-        self._permit = permit
-        self._defaults = defaults or AdaptationDefaults()
 
-    @classmethod
-    def for_claim(cls, settings: WorkerSettings, claim: Claim) -> Self:
-        """The stages of a worker's job."""
-        threads = settings.num_threads or max(1, (torch.get_num_threads() + 1) // 2)
-        torch.set_num_threads(threads)
-        models = StageModels.load(
-            claim.spec,
-            Path(settings.target),
-            Path(settings.draft),
-            device=settings.device,
-            dtype=settings.dtype,
-        )
-        store = AdapterStore(settings.store_directory, [Path(path) for path in settings.bundled_adapters])
-        return cls(models, store, permit=claim.require_permission_to_publish)
+class Triage(TrainingStage):
+    """Measures how much of its acceptance the shared draft keeps on the fine-tune."""
 
-    # --- the stages ---
+    name = "triage"
+    weight = 0.05
 
-    def triage(self, context: StageContext) -> Result:
-        """Measures how much of its acceptance the shared draft keeps on the fine-tune."""
-        job = StageJob(context, self._models, self._defaults)
-        if self._models.fine_tune.lora is None and self._models.fine_tune.model is self._models.base:
+    def skip(self, context: StageContext) -> Result | None:
+        return None if context.spec.triage else {"worthwhile": True, "reason": "not asked for"}
+
+    def run(self, context: StageContext) -> Result:
+        job, models = self.job, self.job.models
+        if models.fine_tune.lora is None and models.fine_tune.model is models.base:
             return {
                 "worthwhile": True,
                 "reason": "the base itself is adapted to a domain; there is no shift to measure",
             }
-        _, held_out = job.prompts
+        held_out = job.prompts(context).held_out
         report = job.run(
+            context,
             lambda progress, stop: triage(
-                FineTune("base", self._models.base),
-                self._models.fine_tune,
-                self._models.training_draft,
-                job.decoder,
-                job.decoder,
-                held_out[: self._defaults.num_triage],
-                job.chat,
+                FineTune("base", models.base),
+                models.fine_tune,
+                models.training_draft,
+                job.new_decoder(),
+                held_out[: job.defaults.num_triage],
+                models.chat,
                 context.workspace / "triage",
-                replace(job.regeneration, sampled_share=0.0),
+                TriageConfig(job.regeneration),
                 on_progress=progress,
                 should_stop=stop,
-            )
+            ),
         )
         return asdict(report)
 
-    def regenerate(self, context: StageContext) -> Result:
-        """The fine-tune answers the prompts; recorded traffic holds its answers already."""
-        job = StageJob(context, self._models, self._defaults)
-        training, held_out = job.prompts
+    def verdict(self, result: Result) -> str | None:
+        return None if result.get("worthwhile", True) else str(result.get("reason", ""))
+
+
+class Regenerate(TrainingStage):
+    """The fine-tune answers the prompts; recorded traffic holds its answers already."""
+
+    name = "regenerate"
+    weight = 0.40
+
+    def run(self, context: StageContext) -> Result:
+        prompts, config = self.job.prompts(context), self.job.regeneration
+        decoder, num_held_out = self.job.new_decoder(), len(prompts.held_out)
         answers: Sequence[Sample]
-        num_prompts, num_answered = len(training) + len(held_out), len(training)
-        if isinstance(job.chat, RecordedPrompts):
-            answers = [job.chat.samples[prompt.id] for prompt in training]
-            num_prompts, num_answered = len(held_out), 0
-            report: Result = {"num_samples": len(answers), "source": "recorded traffic"}
+        if prompts.answers is None:
+            num_answered = len(prompts.training)
+            total = num_answered + num_held_out
+            answers, made = self._answer(context, decoder, prompts.training, self.name, config, total=total)
+            report: Result = asdict(made)
         else:
-            answers, made = self._answer(job, training, "regenerate", job.regeneration, total=num_prompts)
-            report = asdict(made)
-        greedy = replace(job.regeneration, sampled_share=0.0)
-        self._answer(job, held_out, "held_out", greedy, before=num_answered, total=num_prompts)
-        write_samples(context.workspace / "training.jsonl", answers)
+            num_answered, total = 0, num_held_out
+            answers = [prompts.answers[prompt.id] for prompt in prompts.training]
+            report = {"num_samples": len(answers), "source": "recorded traffic"}
+        greedy = replace(config, sampled_share=0.0)
+        self._answer(context, decoder, prompts.held_out, HELD_OUT, greedy, before=num_answered, total=total)
+        write_samples(context.workspace / TRAINING_FILE, answers)
         return report
 
-    def select(self, context: StageContext) -> Result:
-        """Keeps the answers that teach most."""
-        job, options = StageJob(context, self._models, self._defaults), context.spec.training
-        samples = read_samples(context.workspace / "training.jsonl")
+    def _answer(
+        self,
+        context: StageContext,
+        decoder: SpeculativeDecoder,
+        prompts: Sequence[Prompt],
+        directory: str,
+        config: RegenerationConfig,
+        *,
+        before: int = 0,
+        total: int,
+    ) -> tuple[list[Sample], RegenerationReport]:
+        models = self.job.models
+        return self.job.run(
+            context,
+            lambda progress, stop: regenerate(
+                decoder,
+                models.fine_tune,
+                prompts,
+                models.chat,
+                context.workspace / directory,
+                config,
+                on_progress=progress,
+                should_stop=stop,
+            ),
+            before=before,
+            total=total,
+        )
+
+
+class Select(TrainingStage):
+    """Keeps the answers that teach most."""
+
+    name = "select"
+    weight = 0.05
+
+    def run(self, context: StageContext) -> Result:
+        job, models, options = self.job, self.job.models, context.spec.training
+        samples = read_samples(context.workspace / TRAINING_FILE)
         score: Score = options.score or DEFAULT_SCORE  # type: ignore[assignment]  # checked when the job was posted
-        keep = self._defaults.keep if options.keep is None else options.keep
+        keep = job.defaults.keep if options.keep is None else options.keep
         scores = job.run(
+            context,
             lambda progress, stop: score_samples(
-                FineTune("base", self._models.base),
-                self._models.fine_tune,
-                self._models.training_draft,
+                FineTune("base", models.base),
+                models.fine_tune,
+                models.training_draft,
                 samples,
                 (score,),
                 seed=options.seed,
                 on_progress=progress,
                 should_stop=stop,
-            )
+            ),
         )
         selection = select(samples, scores[score], keep)
-        write_samples(context.workspace / "selected.jsonl", selection.samples)
+        write_samples(context.workspace / SELECTED_FILE, selection.samples)
         return {
             "score": score,
             "keep": keep,
@@ -147,9 +175,15 @@ class TrainingStages:
             "candidate_tokens": selection.candidate_tokens,
         }
 
-    def train(self, context: StageContext) -> Result:
-        """Trains the private module and writes it in bfloat16, as it will be served."""
-        job, options = StageJob(context, self._models, self._defaults), context.spec.training
+
+class Train(TrainingStage):
+    """Trains the private module and writes it in bfloat16, as it will be served."""
+
+    name = "train"
+    weight = 0.38
+
+    def run(self, context: StageContext) -> Result:
+        job, models, options = self.job, self.job.models, context.spec.training
         default = TrainingConfig()
         training = replace(
             default,
@@ -167,73 +201,106 @@ class TrainingStages:
         directory = context.workspace / "train"
         directory.mkdir(exist_ok=True)
         module, report = job.run(
+            context,
             lambda progress, stop: train_private_module(
-                self._models.fine_tune,
-                self._models.training_draft,
-                read_samples(context.workspace / "selected.jsonl"),
-                read_samples(context.workspace / "held_out" / "samples.jsonl"),
+                models.fine_tune,
+                models.training_draft,
+                read_samples(context.workspace / SELECTED_FILE),
+                read_samples(context.workspace / HELD_OUT / SAMPLES_FILE),
                 directory,
                 config,
                 on_progress=progress,
                 should_stop=stop,
-            )
+            ),
         )
-        module.to(torch.bfloat16).save(context.workspace / WEIGHTS_FILE)
+        module.to(torch.bfloat16).save(context.workspace / PRIVATE_WEIGHTS_FILE)
         summary = {name: value for name, value in asdict(report).items() if name != "history"}
         return {
             **summary,
             "sizes": asdict(module.config),
-            "share_of_draft": _share(module, self._models.draft),
+            "share_of_draft": private_share(module, models.draft),
         }
 
-    def evaluate(self, context: StageContext) -> Result:
-        """Decodes held-out prompts without a draft, with the shared one, with the module and with what is active."""
-        job, defaults = StageJob(context, self._models, self._defaults), self._defaults
-        _, held_out = job.prompts
-        module = self._module(context)
+
+class Evaluate(TrainingStage):
+    """Decodes held-out prompts without a draft, with the shared one, with the module and with what is active."""
+
+    name = "evaluate"
+    weight = 0.10
+
+    def run(self, context: StageContext) -> Result:
+        job, models = self.job, self.job.models
+        held_out, decoder = job.prompts(context).held_out, job.new_decoder()
         variants = {
-            PLAIN: Variant(job.decoder, speculates=False),
-            SHARED: Variant(job.decoder),
-            PRIVATE: Variant(job.decoder, module),
+            PLAIN: Variant(decoder, speculates=False),
+            SHARED: Variant(decoder),
+            PRIVATE: Variant(decoder, self._module(context)),
         }
         if (incumbent := self._incumbent(context)) is not None:
-            variants[INCUMBENT] = Variant(job.decoder, incumbent)
-        tokens = min(defaults.evaluation_tokens, job.regeneration.max_tokens)
+            variants[INCUMBENT] = Variant(decoder, incumbent)
+        tokens = min(job.defaults.evaluation_tokens, job.regeneration.max_tokens)
         config = EvaluationConfig(max_tokens=tokens, max_prompt_tokens=job.regeneration.max_prompt_tokens)
         measured = job.run(
+            context,
             lambda progress, stop: evaluate(
-                self._models.fine_tune,
+                models.fine_tune,
                 variants,
                 held_out,
-                job.chat,
+                models.chat,
                 config,
                 output=context.workspace / "evaluate.json",
                 on_progress=progress,
                 should_stop=stop,
-            )
+            ),
         )
         if not measured[PRIVATE]:
             raise DataError("no held-out prompt is short enough to measure with")
-        incumbent_metrics = _summary(measured[INCUMBENT]) if INCUMBENT in measured else None
         return {
             "plain": _summary(measured[PLAIN]),
             "before": _summary(measured[SHARED]),
             "after": _summary(measured[PRIVATE]),
-            "incumbent": incumbent_metrics,
+            "incumbent": _summary(measured[INCUMBENT]) if INCUMBENT in measured else None,
         }
 
-    def publish(self, context: StageContext) -> Result:
-        """Adds the version to the store, once and for all."""
-        spec, made = context.spec, provenance()
+    def _module(self, context: StageContext) -> PrivateModule:
+        config = PrivateConfig(**context.results["train"]["sizes"])
+        weight = self.job.models.draft.fc.weight
+        path = context.workspace / PRIVATE_WEIGHTS_FILE
+        return PrivateModule.load(path, config, dtype=weight.dtype, device=weight.device)
+
+    def _incumbent(self, context: StageContext) -> PrivateModule | None:
+        spec, store = context.spec, self.job.store
+        if spec.incumbent_version is None:
+            return None
+        try:
+            manifest = store.verify(spec.adapter, spec.incumbent_version)
+            directory = store.directory(spec.adapter, spec.incumbent_version)
+            return load_private_module(directory, manifest, self.job.models.draft)
+        except AdapterServiceError as error:
+            context.message(f"the active version cannot be measured: {error}")
+            return None
+
+
+class Publish(TrainingStage):
+    """Adds the version to the store, once and for all; it stays also when the job is told to stop right after."""
+
+    name = "publish"
+    weight = 0.02
+    is_final = True
+
+    def run(self, context: StageContext) -> Result:
+        job, spec, made = self.job, context.spec, provenance()
         options = {name: value for name, value in asdict(spec.training).items() if value is not None}
+        results = dict(context.results)
+        metrics = results.pop("evaluate")
         manifest = Manifest(
             name=spec.adapter,
             version=0,
             created=made["created"],
-            target_fingerprint=self._models.base.fingerprint,
+            target_fingerprint=job.models.base.fingerprint,
             fine_tune_fingerprint=spec.fine_tune_fingerprint,
-            draft_fingerprint=self._models.draft.fingerprint(),
-            sizes=context.results["train"]["sizes"],
+            draft_fingerprint=job.models.draft.fingerprint(),
+            sizes=results["train"]["sizes"],
             weights_bytes=0,
             weights_sha256="",
             provenance={
@@ -241,62 +308,35 @@ class TrainingStages:
                 "job_id": spec.job_id,
                 "data": asdict(spec.data),
                 "options": options,
-                **{stage: context.results[stage] for stage in ("triage", "regenerate", "select", "train")},
+                **results,
             },
-            metrics=context.results["evaluate"],
+            metrics=metrics,
         )
-        published = self._store.publish(context.workspace / WEIGHTS_FILE, manifest, permit=self._permit)
+        published = job.store.publish(context.workspace / PRIVATE_WEIGHTS_FILE, manifest, permit=job.permit)
         return {"version": published.version}
 
-    # --- inside ---
 
-    def _answer(
-        self,
-        job: StageJob,
-        prompts: Sequence[Prompt],
-        directory: str,
-        config: RegenerationConfig,
-        *,
-        before: int = 0,
-        total: int,
-    ) -> tuple[list[Sample], Any]:
-        return job.run(
-            lambda progress, stop: regenerate(
-                job.decoder,
-                self._models.fine_tune,
-                prompts,
-                job.chat,
-                job.context.workspace / directory,
-                config,
-                on_progress=progress,
-                should_stop=stop,
-            ),
-            before=before,
-            total=total,
-        )
-
-    def _module(self, context: StageContext) -> PrivateModule:
-        sizes = context.results["train"]["sizes"]
-        config = PrivateConfig(**sizes)
-        weight = self._models.draft.fc.weight
-        path = context.workspace / WEIGHTS_FILE
-        return PrivateModule.load(path, config, dtype=weight.dtype, device=weight.device)
-
-    def _incumbent(self, context: StageContext) -> PrivateModule | None:
-        spec = context.spec
-        if spec.incumbent_version is None:
-            return None
-        try:
-            manifest = self._store.verify(spec.adapter, spec.incumbent_version)
-            directory = self._store.directory(spec.adapter, spec.incumbent_version)
-            return load_private_module(directory, manifest, self._models.draft)
-        except AdapterServiceError as error:
-            context.message(f"the active version cannot be measured: {error}")
-            return None
+STAGES: tuple[type[TrainingStage], ...] = (Triage, Regenerate, Select, Train, Evaluate, Publish)
 
 
-def _share(module: PrivateModule, draft: DraftModel) -> float:
-    return module.num_parameters / (module.num_parameters + draft.num_parameters)
+def stages_of(job: StageJob) -> tuple[Stage, ...]:
+    """The stages of one job, in their order."""
+    return tuple(kind(job) for kind in STAGES)
+
+
+def stages_for_claim(settings: WorkerSettings, claim: Claim) -> tuple[Stage, ...]:
+    """The stages of a worker's job, with its models loaded. Raises like ``StageModels.load``."""
+    threads = settings.num_threads or max(1, (torch.get_num_threads() + 1) // 2)
+    torch.set_num_threads(threads)
+    models = StageModels.load(
+        claim.spec,
+        Path(settings.target),
+        Path(settings.draft),
+        device=settings.device,
+        dtype=settings.dtype,
+    )
+    store = AdapterStore(settings.store_directory, [Path(path) for path in settings.bundled_adapters])
+    return stages_of(StageJob(claim.spec, models, store, permit=claim.require_permission_to_publish))
 
 
 def _summary(measured: dict[str, Measurement]) -> Result:

@@ -6,7 +6,6 @@ Invariants:
 - Directories whose name begins with a dot are the store's own (unfinished versions, rubbish).
 """
 
-import hashlib
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -14,12 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapters.errors import CorruptVersionError, InvalidInputError, UnknownVersionError
-from adapters.files import empty_trash, locked, remove_tree, sync_directory, sync_tree, write_json_atomically
-from adapters.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
+from adapters.files import empty_trash, locked, remove_tree, sync_tree, write_json_atomically
+from adapters.manifest import MANIFEST_FILE, Manifest
 from adapters.names import check_name
 from adapters.tensors import read_header, refuse_unsafe_files
-
-_CHUNK_BYTES = 1024 * 1024
+from eda.files import PRIVATE_WEIGHTS_FILE, sha256_of_file, sync_directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +125,12 @@ class AdapterStore:
                 manifest,
                 version=numbers[-1] + 1 if numbers else 1,
                 weights_bytes=weights.stat().st_size,
-                weights_sha256=_sha256(weights),
+                weights_sha256=sha256_of_file(weights),
             )
             unfinished = self._unfinished / uuid.uuid4().hex
             unfinished.mkdir(parents=True)
             try:
-                shutil.copyfile(weights, unfinished / WEIGHTS_FILE)
+                shutil.copyfile(weights, unfinished / PRIVATE_WEIGHTS_FILE)
                 write_json_atomically(unfinished / MANIFEST_FILE, complete.to_json())
                 _verify_files(unfinished, complete)
                 sync_tree(unfinished)
@@ -207,21 +205,13 @@ def _version_directories(home: Path) -> Iterator[tuple[int, Path]]:
 
 def _verify_files(directory: Path, manifest: Manifest) -> None:
     refuse_unsafe_files(directory)
-    weights = directory / WEIGHTS_FILE
+    weights = directory / PRIVATE_WEIGHTS_FILE
     read_header(weights)
     size = weights.stat().st_size
     if size != manifest.weights_bytes:
         raise CorruptVersionError(f"{weights} has {size} bytes; its manifest says {manifest.weights_bytes}")
-    checksum = _sha256(weights)
+    checksum = sha256_of_file(weights)
     if checksum != manifest.weights_sha256:
         raise CorruptVersionError(
             f"{weights} has the checksum {checksum[:16]}; its manifest says {manifest.weights_sha256[:16]}"
         )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

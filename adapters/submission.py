@@ -16,12 +16,13 @@ from adapters.files import MIB, require_free_space, sync_tree
 from adapters.names import AllowedRoots, check_hub_id
 from adapters.spec import DEFAULT_MARGIN, DRAFT_ROOM, Activation, DataSpec, TargetKind, TrainingOptions
 from adapters.traffic import TrafficRecorder
-from adapters.workspaces import PROMPTS_FILE, SAMPLES_FILE
+from adapters.workspaces import PROMPTS_FILE
 from eda.checkpoint_files import ADAPTER_CONFIG_FILE, require_directory, resolve_directory
 from eda.errors import DataError, EdaError
+from eda.files import sha256_of_file
 from eda.preflight import check_fine_tune
-from eda.training.files import hash_of_file
 from eda.training.prompts import read_prompts
+from eda.training.samples import SAMPLES_FILE
 from eda.training.scores import SCORES
 
 MIN_PROMPTS = 2
@@ -190,7 +191,7 @@ def prepare_data(
     _check_split(count, options, param)
     _require_room(workspace, count, destination.stat().st_size, options, limits)
     sync_tree(workspace)
-    return DataSpec("prompts", count, hash_of_file(destination))
+    return DataSpec("prompts", count, sha256_of_file(destination))
 
 
 def _check_answers(options: TrainingOptions, limits: DataLimits) -> None:
@@ -235,7 +236,7 @@ def _prepare_traffic(
         )
     _check_split(count, options, "data.traffic")
     sync_tree(workspace)
-    return DataSpec("traffic", count, hash_of_file(destination))
+    return DataSpec("traffic", count, sha256_of_file(destination))
 
 
 def _write_prompts(source: DataSource, destination: Path, roots: AllowedRoots, limits: DataLimits) -> str:

@@ -7,8 +7,9 @@ from adapters.errors import CorruptVersionError
 from eda import checkpoint_files
 from eda.checkpoint_files import TensorEntry
 from eda.errors import CheckpointError
+from eda.files import PICKLE_SUFFIXES
 
-_UNSAFE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy"})
+_UNSAFE_SUFFIXES = PICKLE_SUFFIXES | {".npy"}
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:

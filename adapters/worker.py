@@ -8,21 +8,21 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from adapters.claims import DEFAULT_LEASE_SECONDS, Claim, Outcome, take_job
 from adapters.database import Database
 from adapters.errors import AdapterServiceError, ClaimLostError, JobInterruptedError
 from adapters.files import MIB
-from adapters.pipeline import AdaptationStages, ProgressEstimator, StageEvent, run_adaptation
+from adapters.pipeline import ProgressEstimator, Stage, StageEvent, run_adaptation
 from adapters.process import identity, resident_bytes
 from adapters.workspaces import Workspaces
 from eda.errors import CheckpointError, DataError
 
 logger = logging.getLogger(__name__)
 
-StagesFactory = Callable[[Claim], AdaptationStages]
+StagesFactory = Callable[[Claim], Sequence[Stage]]
 _SECONDS_BETWEEN_REPORTS = 0.5
 _SECONDS_BETWEEN_SWEEPS = 600.0
 _HOPELESS = (DataError, CheckpointError, AdapterServiceError)
@@ -111,6 +111,7 @@ class Worker:
         try:
             workspace.mkdir(parents=True, exist_ok=True)
             stages = self._make_stages(claim)
+            reporter.expect(stages)
             result = run_adaptation(claim.spec, workspace, stages, reporter, watch.should_stop)
         except ClaimLostError:
             raise
@@ -198,9 +199,13 @@ class _Reporter:
 
     def __init__(self, claim: Claim) -> None:
         self._claim = claim
-        self._estimator = ProgressEstimator(time.monotonic, claim.job.progress)
         self._last: dict[str, float] = {}
         self.stage: str | None = claim.job.stage
+        self.expect(())
+
+    def expect(self, stages: Sequence[Stage]) -> None:
+        """Names the stages whose events will come."""
+        self._estimator = ProgressEstimator(stages, time.monotonic, self._claim.job.progress)
 
     def __call__(self, event: StageEvent) -> None:
         self.stage = event.stage

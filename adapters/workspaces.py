@@ -12,7 +12,6 @@ from adapters.files import empty_trash, remove_tree
 from adapters.jobs import FINAL_STATES
 
 PROMPTS_FILE = "prompts.jsonl"
-SAMPLES_FILE = "samples.jsonl"
 DEFAULT_KEEP_SECONDS = 7 * 24 * 3600.0
 _ORPHAN_SECONDS = 3600.0
 

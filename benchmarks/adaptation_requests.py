@@ -20,8 +20,8 @@ from typing import Any
 
 import httpx
 
-from adapters.pipeline import STAGE_WEIGHTS
 from adapters.stage_job import AdaptationDefaults
+from adapters.stages import STAGES, Regenerate, Triage
 from eda.training.prompts import Prompt, read_prompts
 from eda.training.regenerate import RegenerationConfig
 
@@ -87,7 +87,8 @@ def estimated_seconds(training: Mapping[str, Any], num_prompts: int, tokens_per_
     num_answers = min(num_prompts - held_out, limit) + held_out
     num_tokens = num_answers * (training.get("max_tokens") or RegenerationConfig().max_tokens)
     answering = num_tokens / (0.5 * tokens_per_second)
-    return answering * (1.0 - STAGE_WEIGHTS["triage"]) / STAGE_WEIGHTS["regenerate"]
+    without_triage = sum(stage.weight for stage in STAGES) - Triage.weight
+    return answering * without_triage / Regenerate.weight
 
 
 def watch(_: argparse.Namespace) -> None:

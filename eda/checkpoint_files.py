@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eda.errors import CheckpointError, UnsupportedModelError
+from eda.files import PICKLE_SUFFIXES
 from eda.json_files import MIB, described, open_regular, parse_json
 from eda.json_files import read_json as read_json_document
 
@@ -27,7 +28,6 @@ _TYPE_BYTES = {
 }  # fmt: skip
 # Of those the header's sizes are not compared: they may be smaller than a byte.
 _OTHER_TYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -216,7 +216,7 @@ def _existing(path: Path, name: str) -> Path:
     others = sorted(file.name for file in path.glob("*.safetensors"))
     if others:
         raise CheckpointError(f"{path} has no {name}; it has {listed(others)}, which must be renamed to that")
-    pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix.lower() in PICKLE_SUFFIXES)
     if pickles:
         raise CheckpointError(
             f"{path} has weights as pickle only ({listed(pickles)}), which can run code when loaded; "

@@ -13,7 +13,7 @@ from adapters.service import AdapterService, ServiceSettings
 from adapters.store import AdapterStore
 from adapters.submission import DataLimits
 from adapters.traffic import TrafficRecorder
-from adapters.worker_process import DATABASE_FILE
+from adapters.worker_settings import DATABASE_FILE
 from adapters.workspaces import Workspaces
 from server.model_paths import ModelPaths
 from server.settings import Settings

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from eda.errors import DataError, TrainingError
+from eda.files import write_atomically
 from eda.json_files import read_json
 
 _PACKAGES = ("eda-server", "torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -25,17 +26,10 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
 
     Raises ``TrainingError`` when it cannot be written, for instance because the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
+        write_atomically(path, content)
     except OSError as error:
-        with suppress(OSError):  # its directory may be no directory
-            temporary.unlink(missing_ok=True)
         raise TrainingError(f"{path} cannot be written: {error}") from error
 
 
@@ -114,15 +108,6 @@ def _cut_half_line(path: Path) -> None:
         end = content.rfind(b"\n") + 1
         if end < len(content):
             stream.truncate(end)
-
-
-def hash_of_file(path: Path) -> str:
-    """SHA-256 (hex) of the file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def hash_of_json(document: Any) -> str:

@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 
 from eda.draft import DraftModel
 from eda.errors import TrainingError
+from eda.files import PRIVATE_WEIGHTS_FILE
 from eda.private import PrivateModule
 from eda.target import FineTune
 from eda.training.dataset import Dataset
@@ -18,7 +19,6 @@ from eda.training.target_states import DEFAULT_MEMORY_BYTES, StateCache
 from eda.training.trainees import private_trainee
 from eda.training.trainer import TrainingConfig, TrainingReport, train
 
-WEIGHTS_FILE = "private.safetensors"
 REPORT_FILE = "train.json"
 CHECKPOINT_FILE = "checkpoint.safetensors"
 
@@ -77,12 +77,12 @@ def train_private_module(
         should_stop=should_stop,
     )
     private.requires_grad_(False)
-    temporary = directory / f".{WEIGHTS_FILE}"
+    temporary = directory / f".{PRIVATE_WEIGHTS_FILE}"
     try:
         private.save(temporary)
-        temporary.replace(directory / WEIGHTS_FILE)
+        temporary.replace(directory / PRIVATE_WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
-        raise TrainingError(f"{directory / WEIGHTS_FILE} cannot be written: {error}") from error
+        raise TrainingError(f"{directory / PRIVATE_WEIGHTS_FILE} cannot be written: {error}") from error
     document = {
         **provenance(),
         "config": asdict(config),

@@ -35,11 +35,13 @@ class Prompt:
         id: from the file, or ``line-<n>``; unique within a list.
         messages: ``{"role", "content"}`` in order, the last one not the assistant's.
         response: an answer that the file brought along; only the "public responses" control trains on it.
+        token_ids: the conversation as the model got it, where that is known; ``messages`` are not encoded then.
     """
 
     id: str
     messages: tuple[Message, ...]
     response: str | None = None
+    token_ids: tuple[int, ...] | None = None
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -251,7 +253,8 @@ def encode_prompts(
                     f"stopped after {len(encoded)} of {len(prompts)} prompts were encoded"
                 )
         try:
-            encoded.append((prompt, chat.prompt_ids(prompt.messages)))
+            ids = chat.prompt_ids(prompt.messages) if prompt.token_ids is None else list(prompt.token_ids)
         except ChatTemplateError as error:
             raise DataError(f"prompt {prompt.id!r}: {error}") from error
+        encoded.append((prompt, ids))
     return encoded

@@ -34,9 +34,8 @@ from eda.training.progress import (
     never_stop,
 )
 from eda.training.prompts import ChatFormat, Prompt, encode_prompts
-from eda.training.samples import Sample, read_samples
+from eda.training.samples import SAMPLES_FILE, Sample, read_samples
 
-SAMPLES_FILE = "samples.jsonl"
 REPORT_FILE = "regenerate.json"
 
 

@@ -9,6 +9,8 @@ from eda.errors import DataError
 from eda.json_files import parse_json
 from eda.training.files import write_bytes_atomically
 
+SAMPLES_FILE = "samples.jsonl"
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:

@@ -34,9 +34,9 @@ class Trainee:
     @property
     def share_of_draft(self) -> float:
         """Trained parameters as a share of the shared draft's and these together."""
-        own = sum(p.numel() for p in self.draft.parameters())
-        extra = self.num_parameters if self.kind == "private" else 0
-        return self.num_parameters / (own + extra)
+        if self.private is not None:
+            return private_share(self.private, self.draft)
+        return self.num_parameters / self.draft.num_parameters
 
     def state(self) -> dict[str, Tensor]:
         """Copies of the trained tensors."""
@@ -58,6 +58,11 @@ class Trainee:
             for name, parameter in module.named_parameters()
             if id(parameter) not in chosen and (parameter.requires_grad or parameter.grad is not None)
         ]
+
+
+def private_share(private: PrivateModule, draft: DraftModel) -> float:
+    """The private module's parameters as a share of its own and the shared draft's together."""
+    return private.num_parameters / (private.num_parameters + draft.num_parameters)
 
 
 def shared_trainee(draft: DraftModel) -> Trainee:

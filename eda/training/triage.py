@@ -4,7 +4,7 @@ Most public fine-tunes shift little, and the shared draft serves them as well as
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from eda.draft import DraftModel
@@ -18,8 +18,19 @@ from eda.training.prompts import ChatFormat, Prompt
 from eda.training.regenerate import RegenerationConfig, regenerate
 from eda.training.target_states import StateCache
 
-RETENTION_THRESHOLD = 0.95
-"""Below this share of the base's accepted draft tokens a private module is worth training."""
+
+@dataclass(frozen=True, slots=True)
+class TriageConfig:
+    """How to measure.
+
+    Attributes:
+        answers: how both models answer; always greedily.
+        threshold: below this share of the base's accepted draft tokens a private module is worth training.
+    """
+
+    answers: RegenerationConfig
+    threshold: float = 0.95
+    num_draft_tokens: int = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,40 +56,36 @@ def triage(
     base: FineTune,
     fine_tune: FineTune,
     draft: DraftModel,
-    base_decoder: SpeculativeDecoder,
     decoder: SpeculativeDecoder,
     prompts: Sequence[Prompt],
     chat: ChatFormat,
     directory: Path,
-    config: RegenerationConfig,
+    config: TriageConfig,
     *,
-    threshold: float = RETENTION_THRESHOLD,
-    num_draft_tokens: int = 5,
     on_progress: OnProgress = ignore_progress,
     should_stop: ShouldStop = never_stop,
 ) -> TriageReport:
     """Both models answer ``prompts`` greedily into ``directory``; the shared draft is measured on both.
 
     Args:
-        config: ``sampled_share`` is to be 0.
+        decoder: of both models; its caches depend on sizes, which they share.
 
     Raises like ``regenerate``.
     """
     lengths: dict[str, tuple[float, float]] = {}
-    for place, (name, model, model_decoder) in enumerate(
-        (("base", base, base_decoder), ("fine-tune", fine_tune, decoder))
-    ):
+    answers = replace(config.answers, sampled_share=0.0)
+    for place, (name, model) in enumerate((("base", base), ("fine-tune", fine_tune))):
 
         def report(event: ProgressEvent, place: int = place) -> None:
             on_progress(ProgressEvent("triage", place * event.total + event.done, 2 * event.total))
 
         samples, _ = regenerate(
-            model_decoder,
+            decoder,
             model,
             prompts,
             chat,
             directory / name,
-            config,
+            answers,
             on_progress=report,
             should_stop=should_stop,
         )
@@ -86,13 +93,13 @@ def triage(
             draft,
             None,
             Dataset(StateCache(model, samples, draft.config.tap_layers, memory_bytes=0)),
-            num_draft_tokens=num_draft_tokens,
+            num_draft_tokens=config.num_draft_tokens,
             should_stop=should_stop,
         )
         lengths[name] = (measured.mean_length, measured.first_token)
     (base_length, base_first), (own_length, own_first) = lengths["base"], lengths["fine-tune"]
     retention = (own_length - 1.0) / (base_length - 1.0) if base_length > 1.0 else 1.0
-    worthwhile = retention < threshold
+    worthwhile = retention < config.threshold
     verdict = "a private module is worth training" if worthwhile else "a private module would gain little"
     outcome = TriageReport(
         base_length,
@@ -103,7 +110,7 @@ def triage(
         len(prompts),
         worthwhile,
         f"the shared draft keeps {retention:.0%} of its accepted tokens on this fine-tune (acceptance length "
-        f"{own_length:.2f}, {base_length:.2f} on the base; threshold {threshold:.0%}): {verdict}",
+        f"{own_length:.2f}, {base_length:.2f} on the base; threshold {config.threshold:.0%}): {verdict}",
     )
     write_json(directory / "triage.json", {"report": asdict(outcome), "provenance": provenance()})
     return outcome

@@ -60,7 +60,6 @@ def adapt(
     import torch
 
     from adapters.stage_job import StageModels
-    from adapters.stages import TrainingStages
     from adapters.store import AdapterStore
     from adapters.workspaces import PROMPTS_FILE
     from server.commands.progress_bars import progress_bars, stop_on_interrupt
@@ -76,7 +75,7 @@ def adapt(
         workspace = store / WORK_DIRECTORY / spec.job_id
         _write_prompts(workspace / PROMPTS_FILE, rows)
         models = StageModels.load(spec, target, draft, device=device, dtype=dtype)
-        stages = TrainingStages(models, AdapterStore(store))
+        stages = stages_of(StageJob(spec, models, AdapterStore(store)))
         with progress_bars(quiet) as show, stop_on_interrupt() as should_stop:
             counts: dict[str, tuple[int, int]] = {}
 

@@ -41,8 +41,8 @@ def worker(
     except ConfigurationError as error:
         typer.echo(f"eda worker: {error}", err=True)
         raise typer.Exit(2) from error
-    from adapters.worker_process import run_worker
+    from adapters.worker_main import run_training_worker
     from server.worker_settings import worker_settings
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s")
-    run_worker(worker_settings(settings, paths, paths.draft, supervised=False))
+    run_training_worker(worker_settings(settings, paths, paths.draft, supervised=False))

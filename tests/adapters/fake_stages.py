@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ from safetensors.numpy import save_file
 
 from adapters.claims import Claim
 from adapters.manifest import Manifest
-from adapters.pipeline import Result, StageContext
+from adapters.pipeline import Result, Stage, StageContext
 from adapters.store import AdapterStore
-from adapters.worker_process import WorkerSettings, run_worker
+from adapters.worker_process import run_worker
+from adapters.worker_settings import WorkerSettings
+from eda.files import PRIVATE_WEIGHTS_FILE
 
 HIDDEN_SIZE = 8
 SIZES = {"hidden_size": HIDDEN_SIZE, "num_features": 3 * HIDDEN_SIZE, "intermediate_size": 4, "fc_rank": 0}
@@ -47,30 +50,20 @@ def manifest_for(
     )
 
 
-class FakeStages:
-    """``steps`` steps of ``step_seconds`` in every stage, each leaving a trace that a resumed stage counts on."""
+@dataclass
+class FakeWork:
+    """What every fake stage does: ``steps`` steps of ``step_seconds``, whose traces a resumed stage counts on."""
 
-    def __init__(
-        self,
-        store: AdapterStore,
-        claim: Claim | None,
-        *,
-        steps: int = 6,
-        step_seconds: float = 0.02,
-        after: float = 3.0,
-        worthwhile: bool = True,
-        fail_in: str | None = None,
-    ) -> None:
-        self.store = store
-        self.claim = claim
-        self.steps = steps
-        self.step_seconds = step_seconds
-        self.after = after
-        self.worthwhile = worthwhile
-        self.fail_in = fail_in
-        self.calls: list[str] = []
+    store: AdapterStore
+    claim: Claim | None
+    steps: int = 6
+    step_seconds: float = 0.02
+    after: float = 3.0
+    worthwhile: bool = True
+    fail_in: str | None = None
+    calls: list[str] = field(default_factory=list)
 
-    def _work(self, context: StageContext) -> int:
+    def do(self, context: StageContext) -> None:
         """Appends one line a step to the stage's file, as regeneration does, and goes on after the last whole one."""
         self.calls.append(context.stage)
         if self.fail_in == context.stage:
@@ -80,43 +73,88 @@ class FakeStages:
         with path.open("a") as file:
             for step in range(len(done), self.steps):
                 if context.should_stop():
-                    return step
+                    return
                 file.write(json.dumps({"step": step}) + "\n")
                 file.flush()
                 time.sleep(self.step_seconds)
                 context.progress(step + 1, self.steps, f"step {step + 1}")
                 context.metric(step=step, loss=1.0 / (step + 1))
         assert [line["step"] for line in _whole_lines(path)] == list(range(self.steps))
-        return self.steps
 
-    def triage(self, context: StageContext) -> Result:
-        self._work(context)
-        return {"worthwhile": self.worthwhile, "reason": "as told"}
 
-    def regenerate(self, context: StageContext) -> Result:
-        return {"num_samples": self._work(context)}
+class FakeStage(Stage):
+    """Does the work and has nothing to say about it."""
 
-    def select(self, context: StageContext) -> Result:
-        return {"num_kept": self._work(context)}
+    weight = 1.0
 
-    def train(self, context: StageContext) -> Result:
-        self._work(context)
-        write_weights(context.workspace / "private.safetensors")
-        return {"steps": self.steps}
+    def __init__(self, work: FakeWork) -> None:
+        self.work = work
 
-    def evaluate(self, context: StageContext) -> Result:
-        self._work(context)
-        before, after = {"mean_acceptance_length": 2.0}, {"mean_acceptance_length": self.after}
+    def run(self, context: StageContext) -> Result:
+        self.work.do(context)
+        return {}
+
+
+class FakeTriage(FakeStage):
+    name = "triage"
+
+    def verdict(self, result: Result) -> str | None:
+        return None if self.work.worthwhile else "as told"
+
+
+class FakeRegenerate(FakeStage):
+    name = "regenerate"
+
+
+class FakeSelect(FakeStage):
+    name = "select"
+
+
+class FakeTrain(FakeStage):
+    name = "train"
+
+    def run(self, context: StageContext) -> Result:
+        write_weights(context.workspace / PRIVATE_WEIGHTS_FILE)
+        return super().run(context)
+
+
+class FakeEvaluate(FakeStage):
+    name = "evaluate"
+
+    def run(self, context: StageContext) -> Result:
+        before, after = {"mean_acceptance_length": 2.0}, {"mean_acceptance_length": self.work.after}
         incumbent = {"mean_acceptance_length": 2.5} if context.spec.incumbent_version else None
-        return {"before": before, "after": after, "incumbent": incumbent}
+        return super().run(context) | {"before": before, "after": after, "incumbent": incumbent}
 
-    def publish(self, context: StageContext) -> Result:
-        self._work(context)
-        spec = context.spec
+
+class FakePublish(FakeStage):
+    name = "publish"
+    is_final = True
+
+    def run(self, context: StageContext) -> Result:
+        self.work.do(context)
+        spec, claim = context.spec, self.work.claim
         manifest = manifest_for(spec.adapter, fine_tune=spec.fine_tune_fingerprint, job_id=spec.job_id)
-        permit = self.claim.require_permission_to_publish if self.claim else lambda: None
-        weights = context.workspace / "private.safetensors"
-        return {"version": self.store.publish(weights, manifest, permit=permit).version}
+        permit = claim.require_permission_to_publish if claim else lambda: None
+        weights = context.workspace / PRIVATE_WEIGHTS_FILE
+        return {"version": self.work.store.publish(weights, manifest, permit=permit).version}
+
+
+FAKES: tuple[type[FakeStage], ...] = (
+    FakeTriage,
+    FakeRegenerate,
+    FakeSelect,
+    FakeTrain,
+    FakeEvaluate,
+    FakePublish,
+)
+STAGE_NAMES = [kind.name for kind in FAKES]
+
+
+def fake_stages(work: FakeWork, *others: type[FakeStage]) -> list[Stage]:
+    """The stages of ``work``; each of ``others`` takes the place of the one with its name."""
+    kinds = {kind.name: kind for kind in (*FAKES, *others)}
+    return [kind(work) for kind in kinds.values()]
 
 
 def _whole_lines(path: Path) -> list[dict[str, int]]:
@@ -133,7 +171,7 @@ def _whole_lines(path: Path) -> list[dict[str, int]]:
 def work(settings: WorkerSettings, step_seconds: float) -> None:
     """A worker process's life."""
     store = AdapterStore(settings.store_directory)
-    run_worker(settings, lambda claim: FakeStages(store, claim, step_seconds=step_seconds))
+    run_worker(settings, lambda claim: fake_stages(FakeWork(store, claim, step_seconds=step_seconds)))
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from adapters.jobs import Job, JobQueue, new_job_id
 from adapters.spec import AdaptationSpec, DataSpec
 from adapters.store import AdapterStore
 from adapters.worker import Worker
-from adapters.worker_process import WorkerSettings
+from adapters.worker_settings import WorkerSettings
 from adapters.workspaces import Workspaces
 from tests.adapters.databases import url_of
-from tests.adapters.fake_stages import FakeStages, work
+from tests.adapters.fake_stages import FakeWork, fake_stages, work
 
 FAKE_WORKER = Path(__file__).with_name("fake_stages.py")
 
@@ -70,7 +70,7 @@ class Service:
         return self.queue.get(spec.job_id)
 
     def worker(self, make: Callable[[Claim], Any] | None = None, **options: Any) -> Worker:
-        make = make or (lambda claim: FakeStages(self.store, claim, steps=2, step_seconds=0.0))
+        make = make or (lambda claim: fake_stages(FakeWork(self.store, claim, steps=2, step_seconds=0.0)))
         options = {"lease_seconds": 5.0, "poll_seconds": 0.02} | options
         return Worker(self.database, self.workspaces, make, **options)
 

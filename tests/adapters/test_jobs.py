@@ -18,10 +18,16 @@ from adapters.errors import (
     QueueFullError,
     UnknownJobError,
 )
-from adapters.pipeline import Result, StageContext
+from adapters.pipeline import Result, Stage, StageContext
 from adapters.process import identity
-from adapters.spec import STAGES
-from tests.adapters.fake_stages import FakeStages
+from tests.adapters.fake_stages import (
+    STAGE_NAMES,
+    FakeRegenerate,
+    FakeTrain,
+    FakeTriage,
+    FakeWork,
+    fake_stages,
+)
 from tests.adapters.helpers import Service, wait_for
 
 
@@ -35,7 +41,7 @@ def test_a_job_runs_publishes_and_activates(setup: Service) -> None:
     assert setup.catalog.get("math").active_version == 1
     assert setup.store.verify("math", 1).job_id == job.id
     finished = [e.data["stage"] for e in setup.queue.events_after(job.id) if e.type == "stage_finished"]
-    assert finished == list(STAGES)
+    assert finished == STAGE_NAMES
     assert "metric" in setup.event_types(job.id)
     assert not setup.workspaces.directory(job.id).exists()
 
@@ -54,21 +60,21 @@ def test_shown_progress_never_falls_whatever_stages_report(
 
     monkeypatch.setattr(Claim, "progress", spy)
 
-    class Jumping(FakeStages):
+    class Jumping(FakeTrain):
         deadly = True
 
-        def train(self, context: StageContext) -> Result:
+        def run(self, context: StageContext) -> Result:
             for done in (1, 9, 2, 5):
                 context.progress(done, 10)
             if self.deadly:
                 raise Died
-            return super().train(context)
+            return super().run(context)
 
     class Surviving(Jumping):
         deadly = False
 
-    def make(kind: type[FakeStages]) -> Callable[[Claim], FakeStages]:
-        return lambda claim: kind(setup.store, claim, steps=2, step_seconds=0.0)
+    def make(kind: type[FakeTrain]) -> Callable[[Claim], list[Stage]]:
+        return lambda claim: fake_stages(FakeWork(setup.store, claim, steps=2, step_seconds=0.0), kind)
 
     job = setup.submit("math")
     with pytest.raises(Died):
@@ -137,7 +143,8 @@ def test_a_dead_process_is_taken_over_at_once(setup: Service, monkeypatch: pytes
 
 def test_a_poison_job_fails_with_its_reason(setup: Service) -> None:
     job = setup.submit("math")
-    worker = setup.worker(lambda claim: FakeStages(setup.store, claim, step_seconds=0, fail_in="train"))
+    work = FakeWork(setup.store, None, step_seconds=0, fail_in="train")
+    worker = setup.worker(lambda claim: fake_stages(work))
     for attempt in range(1, 4):
         assert worker.run_one()
         row = setup.queue.get(job.id)
@@ -169,12 +176,13 @@ def test_a_job_whose_worker_dies_again_and_again_fails(setup: Service) -> None:
 def test_a_data_error_is_not_tried_again(setup: Service) -> None:
     from eda.errors import DataError
 
-    class Hopeless(FakeStages):
-        def regenerate(self, context: object) -> dict[str, object]:
+    class Hopeless(FakeRegenerate):
+        def run(self, context: StageContext) -> Result:
             raise DataError("line 3 is empty")
 
     job = setup.submit("math")
-    setup.worker(lambda claim: Hopeless(setup.store, claim, step_seconds=0)).run_one()
+    work = FakeWork(setup.store, None, step_seconds=0)
+    setup.worker(lambda claim: fake_stages(work, Hopeless)).run_one()
     row = setup.queue.get(job.id)
     assert (row.state, row.attempts) == ("failed", 1)
     assert row.message == "DataError: line 3 is empty"
@@ -182,9 +190,9 @@ def test_a_data_error_is_not_tried_again(setup: Service) -> None:
 
 def test_retry_resumes_after_the_finished_stages(setup: Service) -> None:
     job = setup.submit("math")
-    broken = FakeStages(setup.store, None, step_seconds=0, fail_in="evaluate")
+    broken = FakeWork(setup.store, None, step_seconds=0, fail_in="evaluate")
     setup.queue.max_attempts = 1
-    worker = setup.worker(lambda claim: broken)
+    worker = setup.worker(lambda claim: fake_stages(broken))
     with setup.database.write() as connection:
         connection.execute(update(jobs).values(max_attempts=1))
     worker.run_one()
@@ -192,24 +200,24 @@ def test_retry_resumes_after_the_finished_stages(setup: Service) -> None:
     assert setup.queue.retry(job.id).state == "queued"
     with pytest.raises(ConflictError, match="only a failed or cancelled"):
         setup.queue.retry(job.id)
-    good = FakeStages(setup.store, None, step_seconds=0)
-    setup.worker(lambda claim: good).run_one()
+    good = FakeWork(setup.store, None, step_seconds=0)
+    setup.worker(lambda claim: fake_stages(good)).run_one()
     assert setup.queue.get(job.id).state == "succeeded"
     assert good.calls == ["evaluate", "publish"]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STAGE_NAMES)
 def test_cancel_in_every_stage(setup: Service, stage: str) -> None:
     job = setup.submit("math")
 
-    class CancelledThere(FakeStages):
-        def _work(self, context):  # type: ignore[no-untyped-def]
+    class CancelledThere(FakeWork):
+        def do(self, context: StageContext) -> None:
             if context.stage == stage:
                 setup.queue.cancel(job.id)
                 wait_for(context.should_stop)
-            return super()._work(context)
+            super().do(context)
 
-    setup.worker(lambda claim: CancelledThere(setup.store, claim, step_seconds=0)).run_one()
+    setup.worker(lambda claim: fake_stages(CancelledThere(setup.store, claim, step_seconds=0))).run_one()
     row = setup.queue.get(job.id)
     assert (row.state, row.stage) == ("cancelled", stage)
     assert setup.store.versions("math") == []
@@ -243,14 +251,13 @@ def test_a_cancelled_job_of_a_dead_worker_ends(setup: Service) -> None:
 
 def test_a_stopped_worker_gives_its_job_back_without_losing_an_attempt(setup: Service) -> None:
     job = setup.submit("math")
+
+    def stop_soon(claim: Claim) -> list[Stage]:
+        worker.stop()
+        return fake_stages(FakeWork(setup.store, None, step_seconds=0))
+
     for _ in range(5):
-        worker = setup.worker()
-
-        def stop_soon(claim: object, worker: object = worker) -> FakeStages:
-            worker.stop()  # type: ignore[attr-defined]
-            return FakeStages(setup.store, None, step_seconds=0)
-
-        worker._make_stages = stop_soon
+        worker = setup.worker(stop_soon)
         worker.run_one()
         assert setup.queue.get(job.id).state == "queued"
     setup.worker().run_one()
@@ -262,14 +269,15 @@ def test_a_worker_that_cannot_stop_in_time_gives_its_job_back_too(setup: Service
     job = setup.submit("math")
     loading, ended = threading.Event(), threading.Event()
 
-    class Loading(FakeStages):
-        def triage(self, context: StageContext) -> Result:
+    class Loading(FakeTriage):
+        def run(self, context: StageContext) -> Result:
             loading.set()
             ended.wait(20)  # until the "process" has ended
-            return super().triage(context)
+            return super().run(context)
 
     for _ in range(4):
-        worker = setup.worker(lambda claim: Loading(setup.store, claim, steps=1, step_seconds=0))
+        work = FakeWork(setup.store, None, steps=1, step_seconds=0)
+        worker = setup.worker(lambda claim, work=work: fake_stages(work, Loading))
         loading.clear()
         ended.clear()
         thread = threading.Thread(target=worker.run_one)
@@ -290,8 +298,8 @@ def test_a_worker_that_cannot_stop_in_time_gives_its_job_back_too(setup: Service
 
 def test_memory_limit_ends_the_attempt(setup: Service) -> None:
     job = setup.submit("math")
-    slow = FakeStages(setup.store, None, steps=200, step_seconds=0.02)
-    setup.worker(lambda claim: slow, memory_limit_mib=1).run_one()
+    slow = FakeWork(setup.store, None, steps=200, step_seconds=0.02)
+    setup.worker(lambda claim: fake_stages(slow), memory_limit_mib=1).run_one()
     row = setup.queue.get(job.id)
     assert row.state == "queued"
     assert row.error

@@ -12,9 +12,15 @@ from sqlalchemy import update
 
 from adapters.database import Database, jobs
 from adapters.pipeline import Result, StageContext
-from adapters.spec import STAGES
 from adapters.store import AdapterStore
-from tests.adapters.fake_stages import FakeStages, manifest_for, write_weights
+from tests.adapters.fake_stages import (
+    STAGE_NAMES,
+    FakePublish,
+    FakeWork,
+    fake_stages,
+    manifest_for,
+    write_weights,
+)
 from tests.adapters.helpers import Service, stop, wait_for
 
 STAGE_SECONDS = 0.3
@@ -54,7 +60,7 @@ def test_a_worker_killed_in_every_stage(setup: Service) -> None:
         job = setup.submit(names[-1])
         with setup.database.write() as connection:
             connection.execute(update(jobs).where(jobs.c.id == job.id).values(max_attempts=100))
-        for stage in STAGES:
+        for stage in STAGE_NAMES:
             worker = setup.start_worker(step_seconds=STAGE_SECONDS / 6)
             try:
                 wait_for(
@@ -80,7 +86,9 @@ def test_a_worker_killed_in_every_stage(setup: Service) -> None:
 
 def _has_reached(setup: Service, job_id: str, stage: str) -> bool:
     job = setup.queue.get(job_id)
-    return job.is_final or (job.stage is not None and STAGES.index(job.stage) >= STAGES.index(stage))
+    return job.is_final or (
+        job.stage is not None and STAGE_NAMES.index(job.stage) >= STAGE_NAMES.index(stage)
+    )
 
 
 class Killed(BaseException):
@@ -91,23 +99,23 @@ class Killed(BaseException):
 def test_death_around_publishing_makes_no_second_version(setup: Service, moment: str) -> None:
     job = setup.submit("math")
 
-    class DyingStages(FakeStages):
-        def publish(self, context: StageContext) -> Result:
+    class DyingPublish(FakePublish):
+        def run(self, context: StageContext) -> Result:
             if moment == "in permit":
-                self.claim = None
                 manifest = manifest_for("math", fine_tune="tune", job_id=job.id)
 
                 def die() -> None:
                     raise Killed
 
-                self.store.publish(context.workspace / "private.safetensors", manifest, permit=die)
-            result = super().publish(context)
+                self.work.store.publish(context.workspace / "private.safetensors", manifest, permit=die)
+            result = super().run(context)
             if moment == "after rename":
                 raise Killed
             return result
 
     worker = setup.worker(
-        lambda claim: DyingStages(setup.store, claim, steps=1, step_seconds=0), lease_seconds=0.1
+        lambda claim: fake_stages(FakeWork(setup.store, claim, steps=1, step_seconds=0), DyingPublish),
+        lease_seconds=0.1,
     )
     if moment == "after marker":
         worker._workspaces.remove = _die  # type: ignore[method-assign]
@@ -138,7 +146,7 @@ def test_the_next_worker_removes_what_a_killed_one_was_writing(setup: Service) -
         patch = pytest.MonkeyPatch()
         patch.setattr("adapters.store.sync_tree", die_while_writing)
         setup.worker(
-            lambda claim: FakeStages(store, claim, steps=1, step_seconds=0), lease_seconds=0.1
+            lambda claim: fake_stages(FakeWork(store, claim, steps=1, step_seconds=0)), lease_seconds=0.1
         ).run_one()
 
     process = multiprocessing.get_context("fork").Process(target=work_and_die)

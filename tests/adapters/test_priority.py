@@ -12,7 +12,7 @@ import pytest
 
 from adapters import process
 from adapters.process import SLEEPING_OPENMP, Scheduling
-from adapters.worker_process import WorkerSettings
+from adapters.worker_settings import WorkerSettings
 from server.worker_supervisor import WorkerSupervisor
 from tests.adapters.helpers import FAKE_WORKER, wait_for
 

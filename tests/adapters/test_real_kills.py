@@ -14,17 +14,18 @@ from adapters.catalog import new_entry
 from adapters.claims import Claim
 from adapters.database import jobs
 from adapters.jobs import new_job_id
-from adapters.pipeline import AdaptationStages
+from adapters.pipeline import Stage
 from adapters.spec import AdaptationSpec, DataSpec, TrainingOptions
-from adapters.stage_job import AdaptationDefaults, StageModels
-from adapters.stages import TrainingStages
-from adapters.worker_process import WorkerSettings, run_worker
+from adapters.stage_job import AdaptationDefaults, StageJob, StageModels
+from adapters.stages import stages_of
+from adapters.worker_process import run_worker
+from adapters.worker_settings import WorkerSettings
 from eda.backends.loading import load_fine_tune, load_target
 from tests.adapters.helpers import Service, wait_for, warm_processes
 from tests.support.family import save_family
 
 OPTIONS = TrainingOptions(
-    intermediate_size=8, num_steps=24, learning_rate=0.02, batch_size=2, max_tokens=12, held_out=2, seed=1
+    intermediate_size=32, num_steps=24, learning_rate=0.05, batch_size=2, max_tokens=24, held_out=3, seed=1
 )
 DEFAULTS = AdaptationDefaults(evaluation_tokens=8, batch_size=2)
 
@@ -33,13 +34,14 @@ def work(settings: WorkerSettings, loaded: Connection) -> None:
     """A worker process; it tells when it has its models and begins to work."""
     torch.set_num_threads(1)
 
-    def make(claim: Claim) -> AdaptationStages:
+    def make(claim: Claim) -> tuple[Stage, ...]:
         models = StageModels.load(
             claim.spec, Path(settings.target), Path(settings.draft), device="cpu", dtype="float32"
         )
         store = Service(Path(settings.data_dir), settings.open_database()).store
         loaded.send(True)
-        return TrainingStages(models, store, permit=claim.require_permission_to_publish, defaults=DEFAULTS)
+        permit = claim.require_permission_to_publish
+        return stages_of(StageJob(claim.spec, models, store, permit=permit, defaults=DEFAULTS))
 
     run_worker(settings, make)
 
@@ -115,4 +117,7 @@ def test_killed_real_workers_lose_and_change_nothing(
     report = setup.store.scan()
     assert report.problems == []
     assert len({manifest.weights_sha256 for manifest in report.manifests}) == 1
+    assert report.manifests[0].provenance["train"]["best_step"] > 0, (
+        "weights that learned nothing prove nothing"
+    )
     assert kills >= 4

@@ -1,46 +1,56 @@
 """A whole server for tests of administration: what a test needs of its inside, and a worker with fake stages."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from adapters.claims import Claim
-from adapters.pipeline import Result, StageContext
+from adapters.pipeline import Result, Stage, StageContext
 from adapters.service import AdapterService
 from adapters.worker import Worker
+from eda.files import PRIVATE_WEIGHTS_FILE
 from eda.private import PrivateModule
 from server.services import Services
-from tests.adapters.fake_stages import FakeStages, manifest_for
+from tests.adapters.fake_stages import FakePublish, FakeTrain, FakeWork, fake_stages, manifest_for
 from tests.support.family import save_lora
 
 PROMPTS = ["the quick brown fox", "1 + 2 ="]
 
 
-class Stages(FakeStages):
-    """Publishes a module that the tiny draft can use."""
+@dataclass
+class Work(FakeWork):
+    """For stages that make and publish a module that the tiny draft can use."""
 
-    adapters: AdapterService
+    loader: Any = None
 
-    def train(self, context: StageContext) -> Result:
-        self._work(context)
-        draft = self.adapters.registry.loader.draft  # type: ignore[attr-defined]
-        config = draft.config.private_config(intermediate_size=4)
-        PrivateModule.initialised(config, seed=self.steps).save(context.workspace / "private.safetensors")
+
+class Train(FakeTrain):
+    work: Work
+
+    def run(self, context: StageContext) -> Result:
+        self.work.do(context)
+        config = self.work.loader.draft.config.private_config(intermediate_size=4)
+        module = PrivateModule.initialised(config, seed=self.work.steps)
+        module.save(context.workspace / PRIVATE_WEIGHTS_FILE)
         return {}
 
-    def publish(self, context: StageContext) -> Result:
-        spec, loader = context.spec, self.adapters.registry.loader
+
+class Publish(FakePublish):
+    work: Work
+
+    def run(self, context: StageContext) -> Result:
+        spec, loader = context.spec, self.work.loader
         manifest = replace(
             manifest_for(spec.adapter, fine_tune=spec.fine_tune_fingerprint, job_id=spec.job_id),
             target_fingerprint=loader.base.fingerprint,
-            draft_fingerprint=loader.draft.fingerprint(),  # type: ignore[attr-defined]
+            draft_fingerprint=loader.draft.fingerprint(),
             sizes={"hidden_size": 32, "num_features": 96, "intermediate_size": 4, "fc_rank": 0},
             metrics=context.results["evaluate"],
         )
-        weights = context.workspace / "private.safetensors"
-        return {"version": self.store.publish(weights, manifest).version}
+        weights = context.workspace / PRIVATE_WEIGHTS_FILE
+        return {"version": self.work.store.publish(weights, manifest).version}
 
 
 class Server:
@@ -69,10 +79,10 @@ class Server:
     def work(self, *, steps: int = 2, **options: Any) -> bool:
         """Runs one job with fake stages, in this thread, and lets the registry follow."""
 
-        def make(claim: Claim) -> Stages:
-            stages = Stages(self.adapters.registry.store, claim, steps=steps, step_seconds=0, **options)
-            stages.adapters = self.adapters
-            return stages
+        def make(claim: Claim) -> list[Stage]:
+            registry = self.adapters.registry
+            work = Work(registry.store, claim, steps=steps, step_seconds=0, loader=registry.loader, **options)
+            return fake_stages(work, Train, Publish)
 
         worker = Worker(self.adapters.database, self.adapters.workspaces, make, poll_seconds=0.02)
         ran = worker.run_one()

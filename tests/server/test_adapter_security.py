@@ -14,7 +14,7 @@ import pytest
 
 from adapters.database import Database, sqlite_url
 from adapters.process import wait_until_dead
-from adapters.worker_process import DATABASE_FILE, WorkerSettings
+from adapters.worker_settings import DATABASE_FILE, WorkerSettings
 from server.loading import load_runtime
 from server.services import Services
 from server.settings import Settings

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from structlog.testing import capture_logs
 
 from adapters.database import Database, sqlite_url
-from adapters.worker_process import DATABASE_FILE
+from adapters.worker_settings import DATABASE_FILE
 from eda.speculative import SpeculativeDecoder
 from server.loading import load_runtime
 from server.logs import configure_logs

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from adapters import worker_process
-from adapters.worker_process import SETTINGS_VARIABLE, WorkerSettings
+from adapters import worker_main
+from adapters.worker_settings import SETTINGS_VARIABLE, WorkerSettings
 from server.cli import app
 
 
@@ -14,7 +14,7 @@ def test_settings_reach_the_worker(
     family_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[WorkerSettings] = []
-    monkeypatch.setattr(worker_process, "run_worker", ran.append)
+    monkeypatch.setattr(worker_main, "run_training_worker", ran.append)
     base, draft = family_directory / "base", family_directory / "draft"
     flags = ["--target", base, "--draft", draft, "--data-dir", tmp_path, "--num-threads", 3, "--niceness", 5]
     monkeypatch.setenv("EDA_DATABASE_URL", "sqlite:////elsewhere/jobs.sqlite3")

@@ -2,12 +2,21 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from eda.errors import CheckpointError, DataError
-from eda.training.prompts import ChatFormat, prompts_from_strings, read_prompts, read_texts, split_held_out
+from eda.training.prompts import (
+    ChatFormat,
+    Prompt,
+    encode_prompts,
+    prompts_from_strings,
+    read_prompts,
+    read_texts,
+    split_held_out,
+)
 from tests.support.toys import byte_chat
 
 
@@ -100,6 +109,16 @@ def test_chats_follow_the_template(tmp_path: Path) -> None:
     assert chat.decode(chat.user_prefix_ids()) == "user: "
     assert chat.response_ids("ok")[-1] == 257
     assert chat.eos_ids == {257}
+
+
+def test_known_token_ids_are_taken_as_they_are(tmp_path: Path) -> None:
+    chat = byte_chat(tmp_path)
+    written = Prompt("a", ({"role": "user", "content": "hi"},))
+    known = replace(written, id="b", token_ids=(7, 8, 9))
+    assert encode_prompts([written, known], chat) == [
+        (written, chat.prompt_ids(written.messages)),
+        (known, [7, 8, 9]),
+    ]
 
 
 def test_no_template_and_no_tokenizer(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from eda.speculative import SpeculativeDecoder
 from eda.target import FineTune
 from eda.training.progress import StageStoppedError
 from eda.training.prompts import prompts_from_strings
-from eda.training.regenerate import SAMPLES_FILE, RegenerationConfig, is_sampled, regenerate
-from eda.training.samples import read_samples
+from eda.training.regenerate import RegenerationConfig, is_sampled, regenerate
+from eda.training.samples import SAMPLES_FILE, read_samples
 from eda.training.self_prompts import ATTEMPTS_FILE, SelfPromptConfig, write_own_prompts
 from tests.support.toys import byte_chat, random_target
 

@@ -20,7 +20,7 @@ from eda.training.regenerate import RegenerationConfig, regenerate
 from eda.training.samples import Sample
 from eda.training.shared_draft import SharedDraftConfig, text_samples, train_shared_draft
 from eda.training.trainer import TrainingConfig
-from eda.training.triage import triage
+from eda.training.triage import TriageConfig, triage
 from eda.training.vocabulary import choose_draft_vocabulary
 from tests.support.toys import byte_chat, new_draft, random_target, weights_of
 
@@ -89,12 +89,11 @@ def test_triage_tells_a_harmless_fine_tune_from_a_harmful_one(
     draft, report = train_shared_draft(base.model, chat, PROMPTS, tmp_path / "draft", config)
     assert report.best_score > 1.0
 
-    def decoder(model: FineTune) -> SpeculativeDecoder:
-        return SpeculativeDecoder.for_models(model.model, num_slots=1000)
+    decoder = SpeculativeDecoder.for_models(base.model, num_slots=1000)
 
     def run(model: FineTune, name: str) -> tuple[bool, float, str]:
         report = triage(
-            base, model, draft, decoder(base), decoder(model), PROMPTS[:6], chat, tmp_path / name, ANSWERS
+            base, model, draft, decoder, PROMPTS[:6], chat, tmp_path / name, TriageConfig(ANSWERS)
         )
         assert (
             json.loads((tmp_path / name / "triage.json").read_text())["report"]["retention"]
