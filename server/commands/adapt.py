@@ -59,7 +59,8 @@ def adapt(
     """
     import torch
 
-    from adapters.stage_job import StageModels
+    from adapters.stage_job import StageJob, StageModels
+    from adapters.stages import stages_of
     from adapters.store import AdapterStore
     from adapters.workspaces import PROMPTS_FILE
     from server.commands.progress_bars import progress_bars, stop_on_interrupt

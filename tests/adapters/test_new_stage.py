@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.server.family import save_family
 
 from adapters.errors import JobInterruptedError
 from adapters.pipeline import ProgressEstimator, Result, StageContext
@@ -14,6 +13,7 @@ from eda.training.samples import read_samples
 from tests.adapters.fake_stages import FAKES, STAGE_NAMES, FakeStage, FakeWork, fake_stages
 from tests.adapters.helpers import Service
 from tests.adapters.test_training_stages import Job
+from tests.support.family import save_family
 
 
 class Audit(TrainingStage):
