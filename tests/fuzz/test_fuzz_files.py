@@ -17,12 +17,12 @@ from mutations import damaged, mutated, written
 from adapters.errors import CorruptVersionError
 from adapters.loading import load_private_module
 from adapters.manifest import MANIFEST_FILE, Manifest
-from adapters.manifest import WEIGHTS_FILE as PRIVATE_FILE
 from eda.backends.loading import load_fine_tune, load_target
 from eda.checkpoint import vocabulary
 from eda.checkpoint_files import read_header
 from eda.draft import DraftModel
 from eda.errors import CheckpointError, DataError, EdaError
+from eda.files import PRIVATE_WEIGHTS_FILE as PRIVATE_FILE
 from eda.preflight import check_draft, check_fine_tune, check_target
 from eda.private import PrivateModule
 from eda.probe import require_usable
