@@ -290,6 +290,9 @@ class TargetModel(nn.Module):
         """
         logits = self.body.logits(self, hidden)
         for segment in lora_segments:
+            if self._kernel is not None:
+                self._kernel.change_logits(logits, hidden, segment)
+                continue
             rows, adapter = slice(segment.start, segment.end), segment.adapter
             if adapter.head_weight is not None:
                 logits[rows] = functional.linear(hidden[rows], adapter.head_weight).to(logits.dtype)

@@ -94,9 +94,12 @@ void draft_logits(Pool& pool, const Draft& draft, const Shape& shape, const std:
   const Inputs normal = draft_scratch.normal.of(count, size);
   pool.run([&](int rank) {
     const Range mine = share(count, rank, pool.size());
+    alignas(64) float plain[LARGEST_HIDDEN];
+    bf16 narrow[LARGEST_HIDDEN];  // heads read bfloat16 on every processor, also where they are called alone
     for (int i = mine.first; i < mine.end; ++i) {
-      rms_norm(hidden + int64_t(i) * size, draft.final_norm, size, shape.eps, normal.row(i));
-      if (is_rounded(*rows[owner[i]].head)) normal.round(i, 0, size);
+      rms_norm(hidden + int64_t(i) * size, draft.final_norm, size, shape.eps, nullptr, plain);
+      for (int at = 0; at < size; at += WIDTH) store_bf16(narrow + at, load(plain + at));
+      fill_head_input(normal, i, narrow, is_rounded(*rows[owner[i]].head));
     }
     pool.barrier();
     for (int start = 0, end; start < count; start = end) {  // runs of tokens under one head

@@ -205,10 +205,23 @@ class TargetKernel:
         """Float32 ``[N, vocab_size]`` of ``hidden [N, H]``."""
         return run_head(self._head, hidden, self._config.vocab_size)
 
+    def change_logits(self, logits: Tensor, hidden: Tensor, segment: LoraSegment) -> None:
+        """Gives the rows of ``segment`` their LoRA's own output layer, or its update of the base's.
+
+        ``logits [N, vocab_size]`` of ``hidden [N, H]`` are changed in place. Torch's products would depend on ``N``.
+        """
+        rows, lora = slice(segment.start, segment.end), self._lora(segment.adapter)
+        if lora.head_weight is not None:
+            logits[rows] = run_head(lora.head_weight, hidden[rows], self._config.vocab_size)
+        if lora.head is not None:
+            a, b = lora.head
+            inner = run_head(a, hidden[rows], b.struct.k).to(hidden.dtype)
+            logits[rows] += run_head(b, inner, self._config.vocab_size)
+
     def _lora(self, adapter: LoraAdapter) -> "_PackedLora":
         found = self._loras.get(adapter)
         if found is None:
-            found = self._loras[adapter] = _PackedLora(adapter, self._config)
+            found = self._loras[adapter] = _PackedLora(adapter, self._config, self._weights)
         return found
 
 
@@ -233,7 +246,7 @@ def run_head(head: PackedWeight, hidden: Tensor, num_outputs: int) -> Tensor:
 class _PackedLora:
     """All layers' updates of one LoRA."""
 
-    def __init__(self, adapter: LoraAdapter, config: ModelConfig) -> None:
+    def __init__(self, adapter: LoraAdapter, config: ModelConfig, weights: WeightFormat) -> None:
         self._kept: list[PackedLowRank] = []
         qkv_size = config.query_size + 2 * config.kv_size
         self._layers = (LoraLayer * config.num_layers)()
@@ -250,13 +263,30 @@ class _PackedLora:
                     self._kept.append(packed)
                     setattr(place, name, packed.struct)
         self.pointer = ctypes.addressof(self._layers)
+        self.head_weight: PackedWeight | None = None
+        """Of an output layer of its own."""
+        self.head: tuple[PackedWeight, PackedWeight] | None = None
+        """Both factors of an update of the output layer."""
+        if adapter.head_weight is not None:
+            self.head_weight = PackedWeight(adapter.head_weight, format=weights)
+        if adapter.head is not None:
+            b = _assembled(adapter.head, config.vocab_size)
+            self.head = PackedWeight(adapter.head.a), PackedWeight(b)
 
 
 def _packed_low_rank(update: LowRank, num_outputs: int, gated: ModelConfig | None) -> PackedLowRank:
-    """Ranks are padded to whole vectors, since the second product reads all of what the first one writes."""
+    b = _assembled(update, num_outputs)
+    packed = PackedWeight(b) if gated is None else packed_gate_up(b, gated.intermediate_size)
+    return PackedLowRank(update.a, packed)
+
+
+def _assembled(update: LowRank, num_outputs: int) -> Tensor:
+    """All ``b`` in one matrix ``[num_outputs, rank]``.
+
+    Ranks are padded to whole vectors, since the second product reads all of what the first one writes.
+    """
     rank = -(-update.a.shape[0] // 16) * 16
     b = torch.zeros(num_outputs, rank, dtype=update.a.dtype)
     for block in update.blocks:
         b[block.out_start : block.out_end, block.rank_start : block.rank_end] = block.b
-    packed = PackedWeight(b) if gated is None else packed_gate_up(b, gated.intermediate_size)
-    return PackedLowRank(update.a, packed)
+    return b

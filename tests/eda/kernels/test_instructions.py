@@ -107,6 +107,13 @@ def test_drafts_with_private_modules(name: str, weights: WeightFormat) -> None:
         expected = rounds.extend_on_torch(parts, rounds.wide)
         assert mean_error([together], [expected]) < {"bfloat16": 0.01, "int8": 0.05, "int4": 0.3}[weights]
         alone = [rounds.extend([part]) for part in parts]
+        parts[1].temperature = 1.0
+        uniforms = torch.rand(1, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        hidden, [chain], probabilities = rounds.draw(parts[1:], uniforms)
+        # A chain in one call reads the same logits as its steps one by one do.
+        steps = rounds.step_logits(parts[1], hidden[0], chain).softmax(-1)
+    assert probabilities is not None
+    torch.testing.assert_close(probabilities[0, : len(chain)], steps, rtol=1e-4, atol=1e-7)
     assert torch.equal(torch.cat([hidden for hidden, _ in alone]), together)
     assert [chain for _, found in alone for chain in found] == chains
 
