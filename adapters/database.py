@@ -36,8 +36,8 @@ from sqlalchemy import (
 )
 
 from adapters.errors import InvalidInputError
-from adapters.files import locked
 from adapters.private_files import private_file
+from adapters.store.files import locked
 
 BUSY_TIMEOUT_MS = 30_000
 UNAVAILABLE = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError)

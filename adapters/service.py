@@ -8,7 +8,6 @@ from pathlib import Path
 
 from sqlalchemy import Connection
 
-from adapters.catalog import LIMIT_FIELDS, MAX_DESCRIPTION_LENGTH, Catalog, CatalogEntry, new_entry
 from adapters.database import Database
 from adapters.errors import (
     AdapterServiceError,
@@ -18,13 +17,16 @@ from adapters.errors import (
     UnknownModelError,
     UnknownVersionError,
 )
-from adapters.files import MIB, telling_full_disk
-from adapters.guard import LiveAcceptance
-from adapters.jobs import Job, JobQueue, new_job_id
-from adapters.manifest import Manifest
-from adapters.names import AllowedRoots, check_name
-from adapters.registry import AdapterRegistry
-from adapters.spec import AdaptationSpec
+from adapters.jobs.queue import Job, JobQueue, new_job_id
+from adapters.jobs.spec import AdaptationSpec
+from adapters.jobs.workspaces import Workspaces
+from adapters.serving.catalog import LIMIT_FIELDS, MAX_DESCRIPTION_LENGTH, Catalog, CatalogEntry, new_entry
+from adapters.serving.guard import LiveAcceptance
+from adapters.serving.registry import AdapterRegistry
+from adapters.serving.traffic import TrafficRecorder, TrafficUsage
+from adapters.store.files import MIB, telling_full_disk
+from adapters.store.manifest import Manifest
+from adapters.store.names import AllowedRoots, check_name
 from adapters.submission import (
     AdaptationOptions,
     DataLimits,
@@ -33,10 +35,8 @@ from adapters.submission import (
     locate_fine_tune,
     prepare_data,
 )
-from adapters.traffic import TrafficRecorder, TrafficUsage
-from adapters.workspaces import Workspaces
 from eda.errors import EdaError
-from eda.target import FineTune
+from eda.models.target import FineTune
 
 logger = logging.getLogger(__name__)
 

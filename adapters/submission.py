@@ -12,18 +12,18 @@ from typing import Any, BinaryIO, Literal
 import psutil
 
 from adapters.errors import InvalidInputError, StorageFullError, TooLargeError
-from adapters.files import MIB, require_free_space, sync_tree
-from adapters.names import AllowedRoots, check_hub_id
-from adapters.spec import DEFAULT_MARGIN, DRAFT_ROOM, Activation, DataSpec, TargetKind, TrainingOptions
-from adapters.traffic import TrafficRecorder
-from adapters.workspaces import PROMPTS_FILE
-from eda.checkpoint_files import ADAPTER_CONFIG_FILE, require_directory, resolve_directory
+from adapters.jobs.spec import DEFAULT_MARGIN, DRAFT_ROOM, Activation, DataSpec, TargetKind, TrainingOptions
+from adapters.jobs.workspaces import PROMPTS_FILE
+from adapters.serving.traffic import TrafficRecorder
+from adapters.store.files import MIB, require_free_space, sync_tree
+from adapters.store.names import AllowedRoots, check_hub_id
 from eda.errors import DataError, EdaError
 from eda.files import sha256_of_file
-from eda.preflight import check_fine_tune
-from eda.training.prompts import read_prompts
-from eda.training.samples import SAMPLES_FILE
-from eda.training.scores import SCORES
+from eda.formats.checkpoint_files import ADAPTER_CONFIG_FILE, require_directory, resolve_directory
+from eda.formats.preflight import check_fine_tune
+from eda.training.data.prompts import read_prompts
+from eda.training.data.samples import SAMPLES_FILE
+from eda.training.data.scores import SCORES
 
 MIN_PROMPTS = 2
 """One to learn from and one to measure with."""

@@ -24,25 +24,25 @@ import torch
 from benchmarks.adaptation_runs import GRIDS, METHODS, DataSizes, DomainData, RunSpec, runs_of
 from benchmarks.adaptation_summary import load_results, markdown_table, plot, summarise
 from eda.backends.loading import load_fine_tune, load_target
-from eda.draft import DraftModel
+from eda.decoder import SpeculativeDecoder, check_draft_fits
 from eda.errors import EdaError
-from eda.private import PrivateModule
-from eda.speculative import SpeculativeDecoder, check_draft_fits
-from eda.target import FineTune
-from eda.training.acceptance import simulate_acceptance
+from eda.models.draft import DraftModel
+from eda.models.private import PrivateModule
+from eda.models.target import FineTune
+from eda.training.data.prompts import ChatFormat, read_prompts
+from eda.training.data.regenerate import RegenerationConfig
+from eda.training.data.scores import SCORES
 from eda.training.evaluate import EvaluationConfig, Variant, evaluate
 from eda.training.files import provenance, write_bytes_atomically, write_json
-from eda.training.prompts import ChatFormat, read_prompts
-from eda.training.regenerate import RegenerationConfig
-from eda.training.scores import SCORES
-from eda.training.trainees import (
+from eda.training.learning.acceptance import simulate_acceptance
+from eda.training.learning.trainees import (
     Trainee,
     lora_trainee,
     merged_draft,
     private_trainee,
     retrain_trainee,
 )
-from eda.training.trainer import TrainingConfig, train
+from eda.training.learning.trainer import TrainingConfig, train
 
 MEASUREMENTS = 4
 """Times that a run is measured on held-out answers; with many short runs, more would take longer than the training."""

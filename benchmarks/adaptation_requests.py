@@ -20,10 +20,10 @@ from typing import Any
 
 import httpx
 
-from adapters.stage_job import AdaptationDefaults
-from adapters.stages import STAGES, Regenerate, Triage
-from eda.training.prompts import Prompt, read_prompts
-from eda.training.regenerate import RegenerationConfig
+from adapters.worker.stage_job import AdaptationDefaults
+from adapters.worker.stages import STAGES, Regenerate, Triage
+from eda.training.data.prompts import Prompt, read_prompts
+from eda.training.data.regenerate import RegenerationConfig
 
 MODES = ("none", "shared", "private")
 PROBE_TOKENS = 16

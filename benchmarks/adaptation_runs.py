@@ -5,18 +5,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eda.draft import DraftModel
-from eda.speculative import SpeculativeDecoder
-from eda.target import FineTune
-from eda.training.dataset import Dataset
+from eda.decoder import SpeculativeDecoder
+from eda.models.draft import DraftModel
+from eda.models.target import FineTune
+from eda.training.data.dataset import Dataset
+from eda.training.data.prompts import ChatFormat, Prompt, split_held_out
+from eda.training.data.regenerate import RegenerationConfig, regenerate
+from eda.training.data.samples import Sample
+from eda.training.data.scores import SCORES, Score
+from eda.training.data.selection import score_samples, select
+from eda.training.data.self_prompts import SelfPromptConfig, write_own_prompts
+from eda.training.data.target_states import StateCache
 from eda.training.files import hash_of_json, read_json_if_present, write_json
-from eda.training.prompts import ChatFormat, Prompt, split_held_out
-from eda.training.regenerate import RegenerationConfig, regenerate
-from eda.training.samples import Sample
-from eda.training.scores import SCORES, Score
-from eda.training.selection import score_samples, select
-from eda.training.self_prompts import SelfPromptConfig, write_own_prompts
-from eda.training.target_states import StateCache
 
 METHODS = ("shared", "retrain", "lora", "private")
 GRIDS = ("main", "width", "ranks", "unroll", "loss", "init", "self", "cost")

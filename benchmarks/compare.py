@@ -23,8 +23,8 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from adapters.loading import ModelLoader
-from adapters.store import AdapterStore
+from adapters.serving.model_loader import ModelLoader
+from adapters.store.store import AdapterStore
 from benchmarks import comparison_report as report
 from benchmarks.comparison_turns import RUN_FAILED, Record, run_in_turns
 from benchmarks.faithfulness import Faithfulness, FaithfulnessCheck
@@ -40,8 +40,8 @@ from benchmarks.peers.interface import (
 )
 from benchmarks.peers.plain_checkpoint import write_plain_checkpoint
 from eda.backends.loading import load_fine_tune
-from eda.private import PrivateModule
-from eda.speculative import SpeculativeDecoder
+from eda.decoder import SpeculativeDecoder
+from eda.models.private import PrivateModule
 from recipes.acceptance import newest_private_module
 from server.engine.speculation import SpeculationTable
 from server.model_paths import ModelPaths, model_paths

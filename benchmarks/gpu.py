@@ -41,12 +41,12 @@ from benchmarks.gpu_passes import (
 from benchmarks.own_engine import KINDS, Family, OwnEngine, own_contestants, own_name
 from benchmarks.peers.interface import Prompt
 from eda.backends.choice import GraphChoice
-from eda.draft import DraftConfig, DraftModel
-from eda.kinds import Off
-from eda.private import PrivateModule
-from eda.speculative import SpeculativeDecoder
-from eda.static.replay import CudaGraphBackend, GraphCache, Recorder, RerunBackend
-from eda.target import FineTune, TargetModel, default_tap_layers
+from eda.backends.recorded.replay import CudaGraphBackend, GraphCache, Recorder, RerunBackend
+from eda.decoder import SpeculativeDecoder
+from eda.models.draft import DraftConfig, DraftModel
+from eda.models.private import PrivateModule
+from eda.models.target import FineTune, TargetModel, default_tap_layers
+from eda.speculation.kinds import Off
 from server.engine.speculation import SpeculationTable
 from server.model_paths import model_paths
 from server.settings import ConfigurationError, load_settings

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eda.answers import Need
-from eda.attention import AttentionRow, PackedBatch
 from eda.backends.base import PassPlan
 from eda.backends.eager.target import EagerTarget
-from eda.config import ModelConfig, RopeConfig
-from eda.kv_cache import KVCache
-from eda.packing import PassRow
-from eda.static.replay import GraphCache, Recorder, Replay
-from eda.static.shapes import MAX_TOKENS
-from eda.static.target_pass import RecordedTarget
-from eda.target import TargetModel, default_tap_layers
+from eda.backends.recorded.replay import GraphCache, Recorder, Replay
+from eda.backends.recorded.shapes import MAX_TOKENS
+from eda.backends.recorded.target import RecordedTarget
+from eda.formats.config import ModelConfig, RopeConfig
+from eda.models.answers import Need
+from eda.models.attention import AttentionRow, PackedBatch
+from eda.models.cache import KVCache
+from eda.models.target import TargetModel, default_tap_layers
+from eda.speculation.rows import PassRow
 from eda.transfers import upload
 
 

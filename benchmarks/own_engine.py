@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.peers.interface import Completion, Contestant, Prompt
-from eda.draft import DraftModel
+from eda.decoder import SpeculativeDecoder
 from eda.generation import GenerationRequest, generate
-from eda.kinds import Off, Speculation
-from eda.private import PrivateModule
-from eda.sampling import SamplingParams
-from eda.speculative import SpeculativeDecoder
-from eda.target import FineTune, TargetModel
+from eda.models.draft import DraftModel
+from eda.models.private import PrivateModule
+from eda.models.target import FineTune, TargetModel
+from eda.sampling.draws import SamplingParams
+from eda.speculation.kinds import Off, Speculation
 from server.engine.speculation import SpeculationTable
 
 KINDS = ("none", "shared", "private")

@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from eda.attention import AttentionRow, PackedBatch
-from eda.config import ModelConfig, RopeConfig
-from eda.kernels.library import instruction_set, kernels
-from eda.kernels.target import TargetKernel
-from eda.kernels.weights import WEIGHT_FORMATS, WeightFormat
-from eda.kv_cache import KVCache
-from eda.layers import DecoderLayer
+from eda.backends.cpu.library import instruction_set, kernels
+from eda.backends.cpu.target import TargetKernel
+from eda.backends.cpu.weights import WEIGHT_FORMATS, WeightFormat
+from eda.formats.config import ModelConfig, RopeConfig
+from eda.models.attention import AttentionRow, PackedBatch
+from eda.models.cache import KVCache
+from eda.models.layers import DecoderLayer
 
 ROWS = (1, 2, 4, 6, 8, 16)
 

@@ -20,9 +20,9 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks.compare import load_family
-from eda.kinds import Chain, Off
-from eda.sampling import SamplingParams
-from eda.speculative import ScheduledRow, SequenceState, SpeculativeDecoder
+from eda.decoder import ScheduledRow, SequenceState, SpeculativeDecoder
+from eda.sampling.draws import SamplingParams
+from eda.speculation.kinds import Chain, Off
 from server.model_paths import model_paths
 from server.settings import load_settings
 

@@ -33,9 +33,9 @@ from pathlib import Path
 import httpx
 import psutil
 
-from adapters.process import SLEEPING_OPENMP
+from adapters.worker.process import SLEEPING_OPENMP
 from server.bundled_prompts import bundled_prompts
-from server.load import LoadRequest, read_prompts, run_load
+from server.load_generator import LoadRequest, read_prompts, run_load
 
 WAYS = {
     "as anybody": ("normal", 0),

@@ -18,10 +18,10 @@ import torch
 
 from benchmarks.compare import DOMAINS, load_family
 from benchmarks.own_engine import KINDS, Family
-from eda.kinds import Off
-from eda.sampling import SamplingParams
-from eda.speculative import ScheduledRow, SequenceState, SpeculativeDecoder
-from eda.training.prompts import ChatFormat
+from eda.decoder import ScheduledRow, SequenceState, SpeculativeDecoder
+from eda.sampling.draws import SamplingParams
+from eda.speculation.kinds import Off
+from eda.training.data.prompts import ChatFormat
 from recipes.acceptance import held_out_prompts
 from server.engine.sequence import DraftMode, SequenceLabels, StepStats
 from server.engine.speculation import SpeculationPolicy, SpeculationTable

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from adapters.process import run_gently
+from adapters.worker.process import run_gently
 from eda.backends.loading import load_fine_tune, load_target
-from eda.draft import DraftModel
+from eda.models.draft import DraftModel
+from eda.training.data.samples import Sample
+from eda.training.learning.trainer import TrainingConfig
 from eda.training.private_module import PrivateTrainingConfig, train_private_module
 from eda.training.progress import ProgressEvent
-from eda.training.samples import Sample
-from eda.training.trainer import TrainingConfig
 from server.model_paths import model_paths
 from server.settings import load_settings
 

@@ -5,12 +5,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from eda.kinds import Chain, Speculation
-from eda.private import PrivateModule
-from eda.sampling import SamplingParams
-from eda.speculative import ScheduledRow, SequenceState, SpeculativeDecoder
-from eda.target import FineTune
-from eda.verification import TokenLogprobs
+from eda.decoder import ScheduledRow, SequenceState, SpeculativeDecoder
+from eda.models.private import PrivateModule
+from eda.models.target import FineTune
+from eda.sampling.draws import SamplingParams
+from eda.speculation.kinds import Chain, Speculation
+from eda.speculation.verification import TokenLogprobs
 
 PREFILL_TOKENS_PER_STEP = 512
 

@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-from adapters.loading import ModelLoader
-from adapters.store import AdapterStore
+from adapters.serving.model_loader import ModelLoader
+from adapters.store.store import AdapterStore
 from eda.backends.loading import load_fine_tune, load_target
-from eda.draft import DraftModel
-from eda.kinds import Chain
-from eda.private import PrivateModule
-from eda.speculative import SpeculativeDecoder
-from eda.target import FineTune
+from eda.decoder import SpeculativeDecoder
+from eda.models.draft import DraftModel
+from eda.models.private import PrivateModule
+from eda.models.target import FineTune
+from eda.speculation.kinds import Chain
+from eda.training.data.prompts import ChatFormat, Prompt
 from eda.training.evaluate import EvaluationConfig, Variant, evaluate
-from eda.training.prompts import ChatFormat, Prompt
 from recipes.text import FINE_TUNE_DOMAINS, eval_rows
 
 

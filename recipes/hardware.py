@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from eda.target import automatic_dtype
+from eda.models.target import automatic_dtype
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,20 @@
 """The adapter service and the worker process, as the settings ask for them."""
 
-from adapters.catalog import Catalog
 from adapters.database import Database, sqlite_url
-from adapters.files import MIB
-from adapters.guard import Guard, GuardSettings
-from adapters.jobs import JobQueue
-from adapters.loading import ModelLoader
-from adapters.names import AllowedRoots
+from adapters.jobs.queue import JobQueue
+from adapters.jobs.workspaces import Workspaces
 from adapters.private_files import private_directory
-from adapters.registry import AdapterRegistry
 from adapters.service import AdapterService, ServiceSettings
-from adapters.store import AdapterStore
+from adapters.serving.catalog import Catalog
+from adapters.serving.guard import Guard, GuardSettings
+from adapters.serving.model_loader import ModelLoader
+from adapters.serving.registry import AdapterRegistry
+from adapters.serving.traffic import TrafficRecorder
+from adapters.store.files import MIB
+from adapters.store.names import AllowedRoots
+from adapters.store.store import AdapterStore
 from adapters.submission import DataLimits
-from adapters.traffic import TrafficRecorder
-from adapters.worker_settings import DATABASE_FILE
-from adapters.workspaces import Workspaces
+from adapters.worker.settings import DATABASE_FILE
 from server.model_paths import ModelPaths
 from server.settings import Settings
 from server.worker_settings import bundled_directories, database_url, worker_settings

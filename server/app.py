@@ -13,9 +13,9 @@ from server.engine.engine import EngineStoppedError
 from server.error_handlers import install_handlers
 from server.logs import logger
 from server.middleware import GateMiddleware, RequestLogMiddleware
-from server.responses import ErrorResponse
 from server.routes import adapters, chat, completions, jobs, models, operations
 from server.routes.operations import package_version
+from server.schemas.responses import ErrorResponse
 from server.services import Runtime, Services
 
 GRACE_SECONDS = 60.0

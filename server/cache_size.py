@@ -6,9 +6,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from eda.draft import DraftModel
-from eda.speculative import SpeculativeDecoder
-from eda.target import TargetModel
+from eda.decoder import SpeculativeDecoder
+from eda.models.draft import DraftModel
+from eda.models.target import TargetModel
 from server.settings import ConfigurationError, Settings
 
 MIB = 1024 * 1024

@@ -9,15 +9,15 @@ from typing import Any, Literal
 import torch
 from rich.table import Table
 
-from eda.answers import Logits
-from eda.attention import AttentionRow, PackedBatch
-from eda.draft import DraftModel
+from eda.decoder import SpeculativeDecoder
 from eda.generation import GenerationRequest, measure
-from eda.kinds import Chain, Tree
-from eda.private import PrivateModule
-from eda.sampling import SamplingParams
-from eda.speculative import SpeculativeDecoder
-from eda.target import FineTune, TargetModel
+from eda.models.answers import Logits
+from eda.models.attention import AttentionRow, PackedBatch
+from eda.models.draft import DraftModel
+from eda.models.private import PrivateModule
+from eda.models.target import FineTune, TargetModel
+from eda.sampling.draws import SamplingParams
+from eda.speculation.kinds import Chain, Tree
 from server.engine.speculation import TORCH_COSTS, DraftCosts, SpeculationLevel, SpeculationTable
 
 LARGEST_TREE_BATCH = 2

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import uvicorn
 
 from server.app import create_app
+from server.assembly import load_runtime
 from server.connections import AcceptErrors, ServerConfig, room_for_connections
-from server.loading import load_runtime
 from server.logs import logger
 from server.services import Runtime, Services
 from server.settings import Settings

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from eda.checkpoint_files import is_gguf, require_directory
 from eda.errors import EdaError
-from eda.preflight import check_draft, check_fine_tune, check_target
+from eda.formats.checkpoint_files import is_gguf, require_directory
+from eda.formats.preflight import check_draft, check_fine_tune, check_target
 from server.settings import BUNDLED_MODELS, ConfigurationError, Settings
 
 NOT_FINE_TUNES = frozenset({"base", "draft", "adapters"})

@@ -3,8 +3,8 @@
 import torch
 
 from eda.backends.loading import load_target
-from eda.draft import DraftModel
-from eda.target import TargetModel
+from eda.models.draft import DraftModel
+from eda.models.target import TargetModel
 from server.model_paths import ModelPaths
 from server.settings import ConfigurationError
 

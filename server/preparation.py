@@ -6,15 +6,15 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from adapters.errors import UnknownModelError
-from adapters.template_renderer import TemplateRenderer
-from eda.chat_template import ChatTemplateError, Message
-from eda.sampling import SamplingParams
-from eda.speculative import SequenceState
-from eda.tokenizer import TextTokenizer
+from adapters.templates.renderer import TemplateRenderer
+from eda.decoder import SequenceState
+from eda.formats.chat_template import ChatTemplateError, Message
+from eda.formats.tokenizer import TextTokenizer
+from eda.sampling.draws import SamplingParams
 from server.engine.sequence import DraftMode, Sequence, SequenceLabels
 from server.engine.stopping import StopChecker, StopConditions
 from server.errors import ContextLengthError, InvalidRequestError, UnknownModelNameError
-from server.schemas import ChatCompletionRequest, CompletionRequest, GenerationOptions
+from server.schemas.generation import ChatCompletionRequest, CompletionRequest, GenerationOptions
 from server.services import Lease, Services
 from server.tokenizer import detokenizer_of, render_chat
 

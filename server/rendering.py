@@ -5,12 +5,12 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
-from eda.tokenizer import TextTokenizer
-from eda.verification import TokenLogprobs
+from eda.formats.tokenizer import TextTokenizer
+from eda.speculation.verification import TokenLogprobs
 from server.engine.sequence import SequenceDelta
 from server.engine.stopping import FinishReason
 from server.preparation import PreparedRequest
-from server.responses import (
+from server.schemas.responses import (
     ChatLogprobs,
     CompletionLogprobs,
     FinishReasonName,

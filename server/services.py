@@ -7,10 +7,10 @@ from typing import Protocol
 from fastapi import APIRouter, Request
 
 from adapters.service import AdapterService
-from adapters.template_renderer import TemplateRenderer
-from eda.private import PrivateModule
-from eda.target import FineTune
-from eda.tokenizer import TextTokenizer
+from adapters.templates.renderer import TemplateRenderer
+from eda.formats.tokenizer import TextTokenizer
+from eda.models.private import PrivateModule
+from eda.models.target import FineTune
 from server.engine.async_engine import AsyncEngine
 from server.errors import UnavailableError
 from server.metrics import ServerMetrics
@@ -49,7 +49,7 @@ class Lease(Protocol):
 
 
 class ModelRegistry(Protocol):
-    """The part of ``adapters.registry.AdapterRegistry`` that requests need.
+    """The part of ``adapters.serving.registry.AdapterRegistry`` that requests need.
 
     All that take a name raise ``adapters.errors.UnknownModelError`` for one that is not served. ``acquire``
     reads from disk when ``is_loaded`` is false.

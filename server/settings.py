@@ -21,8 +21,8 @@ from pydantic_settings import (
 )
 
 from adapters.errors import InvalidInputError
-from adapters.names import check_name
-from adapters.process import Scheduling
+from adapters.store.names import check_name
+from adapters.worker.process import Scheduling
 
 BUNDLED_MODELS = Path(__file__).resolve().parent.parent / "models"
 

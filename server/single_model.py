@@ -10,20 +10,20 @@ import torch
 import typer
 
 from adapters.errors import AdapterServiceError
-from adapters.loading import ModelLoader
-from adapters.store import AdapterStore
+from adapters.serving.model_loader import ModelLoader
+from adapters.store.store import AdapterStore
 from eda.backends.loading import load_fine_tune
-from eda.checkpoint_files import is_gguf
-from eda.draft import DraftModel
+from eda.decoder import SpeculativeDecoder
 from eda.errors import MismatchError
+from eda.formats.checkpoint_files import is_gguf
+from eda.formats.tokenizer import TextTokenizer
+from eda.formats.tokenizer_files import load_tokenizer
 from eda.generation import Generation, GenerationRequest
 from eda.generation import generate as generate_batch
-from eda.kinds import Off
-from eda.private import PrivateModule
-from eda.speculative import SpeculativeDecoder
-from eda.target import FineTune, TargetModel
-from eda.tokenizer import TextTokenizer
-from eda.tokenizer_files import load_tokenizer
+from eda.models.draft import DraftModel
+from eda.models.private import PrivateModule
+from eda.models.target import FineTune, TargetModel
+from eda.speculation.kinds import Off
 from server.model_paths import ModelPaths, model_paths
 from server.models import choose_device, load_pair
 from server.settings import ConfigurationError, Settings

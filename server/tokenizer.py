@@ -3,9 +3,9 @@
 import asyncio
 from collections.abc import Sequence
 
-from adapters.template_renderer import TemplateRenderer
-from eda.chat_template import Message
-from eda.tokenizer import TextTokenizer
+from adapters.templates.renderer import TemplateRenderer
+from eda.formats.chat_template import Message
+from eda.formats.tokenizer import TextTokenizer
 from server.engine.detokenizer import IncrementalDetokenizer
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from adapters.worker_settings import WorkerSettings
+from adapters.worker.settings import WorkerSettings
 from server.model_paths import ModelPaths
 from server.settings import Settings
 

@@ -11,14 +11,14 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from eda.answers import Answer, Need
-from eda.kinds import Speculation
-from eda.kv_cache import KVCache
-from eda.packing import PassRow
-from eda.proposal import Proposal
-from eda.state import SequenceState
-from eda.target import TapLayers, TargetModel
-from eda.verification import AnswerLines, Verdict, VerificationRow
+from eda.models.answers import Answer, Need
+from eda.models.cache import KVCache
+from eda.models.target import TapLayers, TargetModel
+from eda.speculation.kinds import Speculation
+from eda.speculation.proposal import Proposal
+from eda.speculation.rows import PassRow
+from eda.speculation.sequence import SequenceState
+from eda.speculation.verification import AnswerLines, Verdict, VerificationRow
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,24 +7,24 @@ from typing import Literal
 import torch
 
 from eda.backends.base import Backend, Drafter, TargetRunner, Verifier
+from eda.backends.cpu.body import CpuBody
+from eda.backends.cpu.draft import supports
+from eda.backends.cpu.drafter import CpuDrafter, CpuDraftLayer, CpuProposer
+from eda.backends.cpu.threads import kernel_threads_only
+from eda.backends.cpu.verifier import CpuVerifier
+from eda.backends.drafting import Proposer
 from eda.backends.eager.draft_layer import TorchDraftLayer
 from eda.backends.eager.drafter import ChainTreeDrafter
+from eda.backends.eager.proposer import EagerProposer
 from eda.backends.eager.target import EagerTarget
 from eda.backends.eager.verifier import RulesVerifier
-from eda.draft import DraftModel
-from eda.drafting import Proposer
-from eda.kernel_proposals import CpuDrafter, CpuDraftLayer, CpuProposer
-from eda.kernels.body import CpuBody
-from eda.kernels.draft import supports
-from eda.kernels.parallel import kernel_threads_only
-from eda.kernels.verification import CpuVerifier
-from eda.kinds import Chain, Speculation, Tree
-from eda.proposer import EagerProposer
-from eda.static.draft_passes import RecordedProposer
-from eda.static.replay import CudaGraphBackend, GraphCache, Recorder
-from eda.static.shapes import MAX_TOKENS, ROWS, WARM_UP_KEYS
-from eda.static.target_pass import RecordedTarget
-from eda.target import FineTune, TargetModel
+from eda.backends.recorded.proposer import RecordedProposer
+from eda.backends.recorded.replay import CudaGraphBackend, GraphCache, Recorder
+from eda.backends.recorded.shapes import MAX_TOKENS, ROWS, WARM_UP_KEYS
+from eda.backends.recorded.target import RecordedTarget
+from eda.models.draft import DraftModel
+from eda.models.target import FineTune, TargetModel
+from eda.speculation.kinds import Chain, Speculation, Tree
 
 GraphChoice = Literal["auto", "off"] | Recorder | GraphCache
 """How small passes are recorded and replayed: "auto" (CUDA graphs on a GPU), "off", or by this recorder."""

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import torch
 
-from eda.checkpoint import ADAPTER_CONFIG_FILE, resolve_directory, vocabulary
-from eda.config import ModelConfig
+from eda.backends.cpu.body import CpuBody
+from eda.backends.cpu.target import supports
 from eda.errors import MismatchError
-from eda.kernels.body import CpuBody
-from eda.kernels.target import supports
-from eda.lora import LoraAdapter
-from eda.model_files import open_model
-from eda.target import FineTune, TargetModel, TorchBody
-from eda.tokenizer_files import load_own_tokenizer
+from eda.formats.checkpoint import ADAPTER_CONFIG_FILE, resolve_directory, vocabulary
+from eda.formats.config import ModelConfig
+from eda.formats.model_files import open_model
+from eda.formats.tokenizer_files import load_own_tokenizer
+from eda.models.lora import LoraAdapter
+from eda.models.target import FineTune, TargetModel, TorchBody
 
 # A fine-tune shares the base's draft, whose cache and features have these sizes.
 _SHARED_SIZES = (

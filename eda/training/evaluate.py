@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from eda.decoder import SpeculativeDecoder
 from eda.generation import Generation, GenerationRequest, Throughput, generate, summarise
-from eda.kinds import Chain, Off, Speculation
-from eda.private import PrivateModule
-from eda.sampling import SamplingParams
-from eda.speculative import SpeculativeDecoder
-from eda.target import FineTune
+from eda.models.private import PrivateModule
+from eda.models.target import FineTune
+from eda.sampling.draws import SamplingParams
+from eda.speculation.kinds import Chain, Off, Speculation
+from eda.training.data.prompts import ChatFormat, Prompt, encode_prompts
 from eda.training.files import provenance, write_json
 from eda.training.progress import (
     OnProgress,
@@ -23,7 +24,6 @@ from eda.training.progress import (
     ignore_progress,
     never_stop,
 )
-from eda.training.prompts import ChatFormat, Prompt, encode_prompts
 
 LOOP_LENGTH = 8
 LOOP_REPEATS = 3

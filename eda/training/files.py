@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from eda.errors import DataError, TrainingError
 from eda.files import write_atomically
-from eda.json_files import read_json
+from eda.formats.json_files import read_json
 
 _PACKAGES = ("eda-server", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 

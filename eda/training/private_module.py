@@ -6,18 +6,18 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from eda.draft import DraftModel
 from eda.errors import TrainingError
 from eda.files import PRIVATE_WEIGHTS_FILE
-from eda.private import PrivateModule
-from eda.target import FineTune
-from eda.training.dataset import Dataset
+from eda.models.draft import DraftModel
+from eda.models.private import PrivateModule
+from eda.models.target import FineTune
+from eda.training.data.dataset import Dataset
+from eda.training.data.samples import Sample
+from eda.training.data.target_states import DEFAULT_MEMORY_BYTES, StateCache
 from eda.training.files import hash_of_json, provenance, write_json
+from eda.training.learning.trainees import private_trainee
+from eda.training.learning.trainer import TrainingConfig, TrainingReport, train
 from eda.training.progress import OnProgress, ShouldStop, ignore_progress, never_stop
-from eda.training.samples import Sample
-from eda.training.target_states import DEFAULT_MEMORY_BYTES, StateCache
-from eda.training.trainees import private_trainee
-from eda.training.trainer import TrainingConfig, TrainingReport, train
 
 REPORT_FILE = "train.json"
 CHECKPOINT_FILE = "checkpoint.safetensors"

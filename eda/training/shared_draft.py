@@ -7,21 +7,21 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from eda.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE
-from eda.draft import DraftConfig, DraftModel
+from eda.decoder import SpeculativeDecoder
 from eda.errors import TrainingError
-from eda.speculative import SpeculativeDecoder
-from eda.target import FineTune, TargetModel, default_tap_layers
-from eda.training.dataset import Dataset
+from eda.formats.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE
+from eda.models.draft import DraftConfig, DraftModel
+from eda.models.target import FineTune, TargetModel, default_tap_layers
+from eda.training.data.dataset import Dataset
+from eda.training.data.prompts import ChatFormat, Prompt, split_held_out
+from eda.training.data.regenerate import RegenerationConfig, regenerate
+from eda.training.data.samples import Sample
+from eda.training.data.target_states import DEFAULT_MEMORY_BYTES, StateCache
+from eda.training.data.vocabulary import choose_draft_vocabulary
 from eda.training.files import hash_of_json, provenance
+from eda.training.learning.trainees import shared_trainee
+from eda.training.learning.trainer import TrainingConfig, TrainingReport, train
 from eda.training.progress import OnProgress, ShouldStop, ignore_progress, never_stop
-from eda.training.prompts import ChatFormat, Prompt, split_held_out
-from eda.training.regenerate import RegenerationConfig, regenerate
-from eda.training.samples import Sample
-from eda.training.target_states import DEFAULT_MEMORY_BYTES, StateCache
-from eda.training.trainees import shared_trainee
-from eda.training.trainer import TrainingConfig, TrainingReport, train
-from eda.training.vocabulary import choose_draft_vocabulary
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 

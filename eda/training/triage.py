@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from eda.draft import DraftModel
-from eda.speculative import SpeculativeDecoder
-from eda.target import FineTune
-from eda.training.acceptance import simulate_acceptance
-from eda.training.dataset import Dataset
+from eda.decoder import SpeculativeDecoder
+from eda.models.draft import DraftModel
+from eda.models.target import FineTune
+from eda.training.data.dataset import Dataset
+from eda.training.data.prompts import ChatFormat, Prompt
+from eda.training.data.regenerate import RegenerationConfig, regenerate
+from eda.training.data.target_states import StateCache
 from eda.training.files import provenance, write_json
+from eda.training.learning.acceptance import simulate_acceptance
 from eda.training.progress import OnProgress, ProgressEvent, ShouldStop, ignore_progress, never_stop
-from eda.training.prompts import ChatFormat, Prompt
-from eda.training.regenerate import RegenerationConfig, regenerate
-from eda.training.target_states import StateCache
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from adapters.errors import AdapterServiceError, InvalidInputError, JobInterruptedError
-from adapters.names import check_name
-from adapters.pipeline import AdaptationResult, StageEvent, run_adaptation
-from adapters.spec import AdaptationSpec, DataSpec, TargetKind, TrainingOptions
+from adapters.jobs.pipeline import AdaptationResult, StageEvent, run_adaptation
+from adapters.jobs.spec import AdaptationSpec, DataSpec, TargetKind, TrainingOptions
+from adapters.store.names import check_name
 from eda.errors import EdaError
+from eda.training.data.prompts import Prompt, read_prompts
+from eda.training.data.scores import DEFAULT_SCORE, SCORES
 from eda.training.files import hash_of_json, write_bytes_atomically
-from eda.training.prompts import Prompt, read_prompts
-from eda.training.scores import DEFAULT_SCORE, SCORES
 from server.commands.options import options_of, with_options
 
 WORK_DIRECTORY = ".adapt"
@@ -59,10 +59,10 @@ def adapt(
     """
     import torch
 
-    from adapters.stage_job import StageJob, StageModels
-    from adapters.stages import stages_of
-    from adapters.store import AdapterStore
-    from adapters.workspaces import PROMPTS_FILE
+    from adapters.jobs.workspaces import PROMPTS_FILE
+    from adapters.store.store import AdapterStore
+    from adapters.worker.stage_job import StageJob, StageModels
+    from adapters.worker.stages import stages_of
     from server.commands.progress_bars import progress_bars, stop_on_interrupt
 
     if num_threads is not None:
@@ -128,10 +128,10 @@ def _specification(
     triage: bool,
 ) -> AdaptationSpec:
     """The job. Its id follows from everything that decides the result, so the same command finds its files again."""
-    from eda.checkpoint import ADAPTER_CONFIG_FILE, resolve_directory
-    from eda.draft import DraftModel
-    from eda.fingerprint import fingerprint_directory
-    from eda.model_files import open_model
+    from eda.formats.checkpoint import ADAPTER_CONFIG_FILE, resolve_directory
+    from eda.formats.fingerprint import fingerprint_directory
+    from eda.formats.model_files import open_model
+    from eda.models.draft import DraftModel
 
     path = resolve_directory(fine_tune)
     base = open_model(target).fingerprint
@@ -191,7 +191,7 @@ def _report(name: str, store: Path, result: AdaptationResult) -> None:
         )
     Console().print(table)
     if result.training_seconds:
-        from eda.training.stopwatch import in_words
+        from eda.training.learning.stopwatch import in_words
 
         typer.echo(f"training spent: {in_words(result.training_seconds)}")
     typer.echo(f"{store / name / str(result.version)}: {result.reason}")

@@ -49,7 +49,7 @@ def calibrate(
         calibration_view,
     )
     from server.engine.speculation import SpeculationTable
-    from server.load import LoadError, read_prompts
+    from server.load_generator import LoadError, read_prompts
     from server.single_model import load_model, prompt_ids
 
     def report(measurement: Measurement) -> None:

@@ -39,7 +39,7 @@ def bench_serve(
     """
     from rich.console import Console
 
-    from server.load import LoadError, LoadRequest, read_prompts
+    from server.load_generator import LoadError, LoadRequest, read_prompts
     from server.load_report import load_table, measure_server, with_ratios
 
     try:

@@ -38,11 +38,11 @@ def export(
     """
     import torch
 
-    from adapters.export import EXPORT_TYPES, ExportType, export_draft
-    from adapters.loading import ModelLoader
-    from adapters.store import AdapterStore
+    from adapters.serving.model_loader import ModelLoader
+    from adapters.store.export import EXPORT_TYPES, ExportType, export_draft
+    from adapters.store.store import AdapterStore
     from eda.backends.loading import load_target
-    from eda.draft import DraftModel
+    from eda.models.draft import DraftModel
 
     try:
         if dtype not in EXPORT_TYPES:

@@ -52,10 +52,10 @@ def generate(
 
     The acceptance length is the mean number of tokens per decoding pass of the target: 1 without a draft.
     """
-    from eda.chat_template import ChatTemplateError
+    from eda.formats.chat_template import ChatTemplateError
     from eda.generation import GenerationRequest
-    from eda.kinds import Chain, Off, Tree
-    from eda.sampling import SamplingParams
+    from eda.sampling.draws import SamplingParams
+    from eda.speculation.kinds import Chain, Off, Tree
     from server.single_model import load_model, prompt_ids, run_generation, used_draft
 
     try:

@@ -8,8 +8,8 @@ import typer
 
 from eda.backends.loading import load_target
 from eda.errors import EdaError
+from eda.training.data.prompts import ChatFormat, Prompt, read_prompts, read_texts
 from eda.training.progress import ProgressEvent, StageStoppedError
-from eda.training.prompts import ChatFormat, Prompt, read_prompts, read_texts
 from server.settings import ConfigurationError
 
 
@@ -72,10 +72,10 @@ def train_draft(
     """
     import torch
 
-    from eda.training.regenerate import RegenerationConfig
+    from eda.training.data.regenerate import RegenerationConfig
+    from eda.training.learning.stopwatch import in_words
+    from eda.training.learning.trainer import TrainingConfig
     from eda.training.shared_draft import SharedDraftConfig, train_shared_draft
-    from eda.training.stopwatch import in_words
-    from eda.training.trainer import TrainingConfig
     from server.commands.progress_bars import progress_bars, stop_on_interrupt
     from server.models import choose_device
 

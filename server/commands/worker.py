@@ -41,7 +41,7 @@ def worker(
     except ConfigurationError as error:
         typer.echo(f"eda worker: {error}", err=True)
         raise typer.Exit(2) from error
-    from adapters.worker_main import run_training_worker
+    from adapters.worker.main import run_training_worker
     from server.worker_settings import worker_settings
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s")

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Self
 
-from eda.kinds import Off, Speculation
+from eda.speculation.kinds import Off, Speculation
 from server.engine.engine import Engine, EngineHooks, EngineStoppedError, Output
 from server.engine.scheduler import Decoder, Scheduler, SchedulerLimits
 from server.engine.sequence import DraftMode, Sequence, SequenceDelta, StepStats

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from eda.decoder import ScheduledRow, StepResult
 from eda.errors import NonFiniteLogitsError
-from eda.speculative import ScheduledRow, StepResult
 from server.engine.scheduler import Decoder, Scheduler
 from server.engine.sequence import Sequence, SequenceDelta, StepStats
 from server.engine.speculation import SpeculationPolicy

@@ -4,14 +4,14 @@ from bisect import insort
 from dataclasses import dataclass
 from typing import Protocol
 
-from eda.speculative import ScheduledRow, SequenceState, StepResult
+from eda.decoder import ScheduledRow, SequenceState, StepResult
 from server.engine.sequence import Sequence, SequenceStatus
 from server.engine.speculation import SpeculationPolicy
 from server.engine.stopping import FinishReason
 
 
 class Decoder(Protocol):
-    """The part of ``eda.speculative.SpeculativeDecoder`` that the engine uses."""
+    """The part of ``eda.decoder.SpeculativeDecoder`` that the engine uses."""
 
     def can_admit(self, state: SequenceState) -> bool: ...
     def fits(self, state: SequenceState) -> bool: ...

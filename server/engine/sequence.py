@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
-from eda.speculative import SequenceState, StepResult
-from eda.verification import TokenLogprobs
+from eda.decoder import SequenceState, StepResult
+from eda.speculation.verification import TokenLogprobs
 from server.engine.stopping import FinishReason, StopChecker
 
 DraftMode = Literal["private", "shared", "none"]

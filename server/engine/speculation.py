@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from eda.backends.base import BackendName
-from eda.json_files import read_json
-from eda.kinds import Chain, Off, Speculation, Tree
+from eda.formats.json_files import read_json
+from eda.speculation.kinds import Chain, Off, Speculation, Tree
 from server.engine.sequence import SequenceLabels, StepStats
 
 ADAPTERS_TRACKED = 1024

@@ -13,7 +13,8 @@ from adapters.errors import ConflictError, InvalidInputError
 from adapters.service import AdapterService, Submission
 from adapters.submission import DataSource, TargetSource
 from server.adapter_errors import AdapterRoute, ResourceNotFoundError
-from server.adapter_schemas import (
+from server.bodies import check_json
+from server.schemas.adapters import (
     ActivateRequest,
     AdaptBody,
     AdapterBody,
@@ -30,7 +31,6 @@ from server.adapter_schemas import (
     SubmissionBody,
     UnloadLoraRequest,
 )
-from server.bodies import check_json
 from server.services import Services, services_of
 from server.validation import from_problems
 

@@ -8,12 +8,13 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 from pydantic import BaseModel
 
-from eda.tokenizer import TextTokenizer
+from eda.formats.tokenizer import TextTokenizer
 from server.auth import check_priority
 from server.engine.sequence import SequenceDelta
 from server.preparation import PreparedRequest, acquire, build, chat_prompt, max_model_len_of
 from server.rendering import Collected, chat_logprobs, finish_reason_name, metrics_of, usage_of
-from server.responses import (
+from server.schemas.generation import ChatCompletionRequest
+from server.schemas.responses import (
     ChatChoice,
     ChatChunkChoice,
     ChatCompletionChunk,
@@ -21,7 +22,6 @@ from server.responses import (
     ChatDelta,
     ChatResponseMessage,
 )
-from server.schemas import ChatCompletionRequest
 from server.services import Services, services_of
 from server.streaming import Renderer, respond
 

@@ -7,13 +7,13 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
-from eda.tokenizer import TextTokenizer
+from eda.formats.tokenizer import TextTokenizer
 from server.auth import check_priority
 from server.engine.sequence import SequenceDelta
 from server.preparation import PreparedRequest, acquire, build, completion_prompts, max_model_len_of
 from server.rendering import Collected, completion_logprobs, finish_reason_name, metrics_of, usage_of
-from server.responses import CompletionChoice, CompletionResponse
-from server.schemas import CompletionRequest
+from server.schemas.generation import CompletionRequest
+from server.schemas.responses import CompletionChoice, CompletionResponse
 from server.services import Services, services_of
 from server.streaming import Renderer, respond
 

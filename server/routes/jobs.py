@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Response
 
-from adapters.jobs import JobEvent, JobQueue
+from adapters.jobs.queue import JobEvent, JobQueue
 from adapters.service import AdapterService
 from server.adapter_errors import AdapterRoute
-from server.adapter_schemas import JobBody, JobListBody
 from server.routes.adapters import adapter_service
+from server.schemas.adapters import JobBody, JobListBody
 from server.services import Services, services_of
 from server.streaming import EventStream
 

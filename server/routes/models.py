@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends
 
 from adapters.errors import UnknownModelError
 from server.preparation import unknown_model
-from server.responses import ModelCard, ModelList
+from server.schemas.responses import ModelCard, ModelList
 from server.services import ModelRegistry, Services, services_of
 
 router = APIRouter(tags=["openai"])

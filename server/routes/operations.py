@@ -10,8 +10,8 @@ from fastapi.responses import Response
 from server.errors import InvalidRequestError, UnavailableError
 from server.metrics import CONTENT_TYPE
 from server.preparation import chat_prompt, max_model_len_of, tokenize, tokenizer_named
-from server.responses import DetokenizeResponse, HealthResponse, TokenizeResponse, VersionResponse
-from server.schemas import DetokenizeRequest, TokenizeRequest
+from server.schemas.generation import DetokenizeRequest, TokenizeRequest
+from server.schemas.responses import DetokenizeResponse, HealthResponse, TokenizeResponse, VersionResponse
 from server.services import Services, services_of
 from server.streaming import json_response
 

@@ -8,15 +8,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from adapters.catalog import Catalog, CatalogEntry, new_entry
-from adapters.claims import Claim
 from adapters.database import Database
-from adapters.jobs import Job, JobQueue, new_job_id
-from adapters.spec import AdaptationSpec, DataSpec
-from adapters.store import AdapterStore
-from adapters.worker import Worker
-from adapters.worker_settings import WorkerSettings
-from adapters.workspaces import Workspaces
+from adapters.jobs.claims import Claim
+from adapters.jobs.queue import Job, JobQueue, new_job_id
+from adapters.jobs.spec import AdaptationSpec, DataSpec
+from adapters.jobs.workspaces import Workspaces
+from adapters.serving.catalog import Catalog, CatalogEntry, new_entry
+from adapters.store.store import AdapterStore
+from adapters.worker.settings import WorkerSettings
+from adapters.worker.worker import Worker
 from tests.adapters.databases import url_of
 from tests.adapters.fake_stages import FakeWork, fake_stages, work
 

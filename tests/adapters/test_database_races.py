@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import select
 
-from adapters.claims import Claim, take_job
 from adapters.database import Database, jobs
 from adapters.errors import (
     ClaimLostError,
@@ -17,9 +16,10 @@ from adapters.errors import (
     UnknownJobError,
     UnknownModelError,
 )
-from adapters.jobs import Job, new_job_id
-from adapters.process import identity
-from adapters.spec import AdaptationSpec, DataSpec
+from adapters.jobs.claims import Claim, take_job
+from adapters.jobs.queue import Job, new_job_id
+from adapters.jobs.spec import AdaptationSpec, DataSpec
+from adapters.worker.process import identity
 from tests.adapters.helpers import Service
 
 NUM_THREADS = 8

@@ -12,11 +12,11 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from adapters.errors import ConflictError, InvalidInputError
-from adapters.export import export_draft
-from eda.attention import AttentionRow, PackedBatch
-from eda.draft import DraftModel
-from eda.private import PrivateConfig, PrivateModule, PrivateSegment
-from eda.target import FineTune
+from adapters.store.export import export_draft
+from eda.models.attention import AttentionRow, PackedBatch
+from eda.models.draft import DraftModel
+from eda.models.private import PrivateConfig, PrivateModule, PrivateSegment
+from eda.models.target import FineTune
 from tests.support.reference_family import Family, make_family
 
 LENGTH = 9
@@ -201,7 +201,7 @@ def test_refusals_leave_nothing_behind(
     def fail(*_: object, **__: object) -> None:
         raise OSError("no space")
 
-    monkeypatch.setattr("adapters.export.save_file", fail)
+    monkeypatch.setattr("adapters.store.export.save_file", fail)
     with pytest.raises(OSError, match="no space"):
         export_draft(tmp_path / "new", draft, base)
     assert [path.name for path in tmp_path.iterdir() if path.name != "there"] == []

@@ -15,14 +15,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from adapters.loading import ModelLoader
-from adapters.store import AdapterStore
+from adapters.serving.model_loader import ModelLoader
+from adapters.store.store import AdapterStore
 from eda.backends.loading import load_target
-from eda.draft import DraftModel
-from eda.kinds import Chain
-from eda.sampling_params import SamplingParams
-from eda.speculative import ScheduledRow, SequenceState, SpeculativeDecoder
-from eda.tokenizer_files import load_tokenizer
+from eda.decoder import ScheduledRow, SequenceState, SpeculativeDecoder
+from eda.formats.tokenizer_files import load_tokenizer
+from eda.models.draft import DraftModel
+from eda.sampling.params import SamplingParams
+from eda.speculation.kinds import Chain
 from server.cli import app
 from server.settings import BUNDLED_MODELS as MODELS
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from adapters.guard import Guard, GuardSettings, RollingAcceptance
-from adapters.traffic import TrafficRecord, TrafficRecorder
+from adapters.serving.guard import Guard, GuardSettings, RollingAcceptance
+from adapters.serving.traffic import TrafficRecord, TrafficRecorder
 
 
 class Clock:

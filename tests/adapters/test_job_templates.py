@@ -10,8 +10,8 @@ import pytest
 
 from adapters.errors import JobInterruptedError
 from eda.errors import DataError
-from eda.tokenizer_files import load_tokenizer
-from eda.training.samples import read_samples
+from eda.formats.tokenizer_files import load_tokenizer
+from eda.training.data.samples import read_samples
 from tests.adapters.test_training_stages import Job
 from tests.support.family import save_family
 

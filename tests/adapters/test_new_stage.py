@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from adapters.errors import JobInterruptedError
-from adapters.pipeline import ProgressEstimator, Result, StageContext
-from adapters.stages import STAGES, Publish, TrainingStage
-from eda.training.samples import read_samples
+from adapters.jobs.pipeline import ProgressEstimator, Result, StageContext
+from adapters.worker.stages import STAGES, Publish, TrainingStage
+from eda.training.data.samples import read_samples
 from tests.adapters.fake_stages import FAKES, STAGE_NAMES, FakeStage, FakeWork, fake_stages
 from tests.adapters.helpers import Service
 from tests.adapters.test_training_stages import Job

@@ -2,9 +2,9 @@
 
 import pytest
 
-from adapters.recorded_prompts import recorded_prompts, usable_records
+from adapters.worker.recorded_prompts import recorded_prompts, usable_records
 from eda.errors import DataError
-from eda.training.samples import Sample
+from eda.training.data.samples import Sample
 
 SAMPLES = [
     Sample("good", (1, 2), (3, 4)),

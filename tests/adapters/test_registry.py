@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters.catalog import Catalog, new_entry
 from adapters.database import Database
 from adapters.errors import ConflictError, CorruptVersionError, UnknownModelError, UnknownVersionError
-from adapters.guard import Guard, GuardSettings, Verdict
-from adapters.loading import ModelLoader
-from adapters.manifest import Manifest
-from adapters.registry import AdapterRegistry
-from adapters.store import AdapterStore
-from adapters.watcher import RegistryWatcher
-from eda.private import PrivateModule
+from adapters.serving.catalog import Catalog, new_entry
+from adapters.serving.guard import Guard, GuardSettings, Verdict
+from adapters.serving.model_loader import ModelLoader
+from adapters.serving.registry import AdapterRegistry
+from adapters.serving.watcher import RegistryWatcher
+from adapters.store.manifest import Manifest
+from adapters.store.store import AdapterStore
+from eda.models.private import PrivateModule
 from tests.adapters.helpers import wait_for
 from tests.support.reference_family import Family, make_family
 

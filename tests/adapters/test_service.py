@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-from adapters.catalog import Catalog
 from adapters.database import Database
 from adapters.errors import (
     ConflictError,
@@ -25,20 +24,21 @@ from adapters.errors import (
     TooLargeError,
     UnknownModelError,
 )
-from adapters.guard import Guard, GuardSettings
-from adapters.jobs import Job, JobQueue
-from adapters.loading import ModelLoader
-from adapters.names import AllowedRoots
-from adapters.registry import AdapterRegistry
+from adapters.jobs.queue import Job, JobQueue
+from adapters.jobs.spec import TrainingOptions
+from adapters.jobs.workspaces import Workspaces
 from adapters.service import AdapterService, ServiceSettings
-from adapters.spec import TrainingOptions
-from adapters.store import AdapterStore
+from adapters.serving.catalog import Catalog
+from adapters.serving.guard import Guard, GuardSettings
+from adapters.serving.model_loader import ModelLoader
+from adapters.serving.registry import AdapterRegistry
+from adapters.serving.traffic import TrafficRecorder
+from adapters.store.names import AllowedRoots
+from adapters.store.store import AdapterStore
 from adapters.submission import AdaptationOptions, DataLimits, DataSource, TargetSource
-from adapters.traffic import TrafficRecorder
-from adapters.workspaces import Workspaces
 from eda.backends.loading import load_target
-from eda.draft import DraftModel
-from eda.target import TargetModel
+from eda.models.draft import DraftModel
+from eda.models.target import TargetModel
 from tests.adapters.databases import url_of
 from tests.adapters.helpers import warm_processes
 from tests.adapters.test_registry import Setup

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.errors import CorruptVersionError, InvalidInputError, StorageFullError, UnknownVersionError
-from adapters.files import locked_or_raise, require_free_space, write_json_atomically
-from adapters.manifest import Manifest
-from adapters.names import AllowedRoots, check_hub_id, check_name
-from adapters.store import AdapterStore
-from adapters.tensors import read_header
+from adapters.store.files import locked_or_raise, require_free_space, write_json_atomically
+from adapters.store.manifest import Manifest
+from adapters.store.names import AllowedRoots, check_hub_id, check_name
+from adapters.store.store import AdapterStore
+from adapters.store.tensors import read_header
 from tests.adapters.fake_stages import manifest_for, write_weights
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from adapters.template_renderer import MAX_PROCESSES, TemplateRenderer
-from eda.chat_template import MAX_SOURCE_CHARS, ChatTemplate, ChatTemplateError
+from adapters.templates.renderer import MAX_PROCESSES, TemplateRenderer
+from eda.formats.chat_template import MAX_SOURCE_CHARS, ChatTemplate, ChatTemplateError
 
 GOOD = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -107,7 +107,7 @@ def children() -> list[psutil.Process]:
     return [
         child
         for child in psutil.Process().children()
-        if child.status() != psutil.STATUS_ZOMBIE and "adapters.template_worker" in child.cmdline()
+        if child.status() != psutil.STATUS_ZOMBIE and "adapters.templates.worker" in child.cmdline()
     ]
 
 

@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 
 from adapters.errors import InvalidInputError, JobInterruptedError
-from adapters.loading import ModelLoader
-from adapters.pipeline import AdaptationResult, StageEvent, run_adaptation
-from adapters.spec import AdaptationSpec, DataKind, DataSpec, TargetKind, TrainingOptions
-from adapters.stage_job import AdaptationDefaults, StageJob, StageModels
-from adapters.stages import STAGES, TrainingStage
-from adapters.store import AdapterStore
+from adapters.jobs.pipeline import AdaptationResult, StageEvent, run_adaptation
+from adapters.jobs.spec import AdaptationSpec, DataKind, DataSpec, TargetKind, TrainingOptions
+from adapters.serving.model_loader import ModelLoader
+from adapters.serving.traffic import TrafficRecord, TrafficRecorder
+from adapters.store.store import AdapterStore
 from adapters.submission import AdaptationOptions
-from adapters.traffic import TrafficRecord, TrafficRecorder
+from adapters.worker.stage_job import AdaptationDefaults, StageJob, StageModels
+from adapters.worker.stages import STAGES, TrainingStage
 from eda.backends.loading import load_fine_tune, load_target
-from eda.draft import DraftModel
 from eda.errors import DataError, MismatchError
-from eda.fingerprint import fingerprint_directory
+from eda.formats.fingerprint import fingerprint_directory
+from eda.models.draft import DraftModel
 from tests.support.family import save_family
 
 OPTIONS = TrainingOptions(

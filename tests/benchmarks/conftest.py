@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters.manifest import Manifest
-from adapters.store import AdapterStore
+from adapters.store.manifest import Manifest
+from adapters.store.store import AdapterStore
 from eda.backends.loading import load_fine_tune, load_target
-from eda.draft import DraftConfig, DraftModel
-from eda.private import PrivateModule
+from eda.models.draft import DraftConfig, DraftModel
+from eda.models.private import PrivateModule
 from tests.support.tiny import tiny_lora, tiny_target
 
 

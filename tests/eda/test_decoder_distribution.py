@@ -11,12 +11,12 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from eda.backends.eager.proposer import EagerProposer
+from eda.decoder import SpeculativeDecoder
 from eda.generation import GenerationRequest, generate
-from eda.kinds import Chain, Speculation, Tree
-from eda.private import PrivateModule
-from eda.proposer import EagerProposer
-from eda.sampling import SamplingParams
-from eda.speculative import SpeculativeDecoder
+from eda.models.private import PrivateModule
+from eda.sampling.draws import SamplingParams
+from eda.speculation.kinds import Chain, Speculation, Tree
 from tests.support.reference_family import Family, make_family
 
 NUM_ALLOWED = 4

@@ -2,10 +2,10 @@
 
 import pytest
 
+from eda.decoder import SpeculativeDecoder
 from eda.errors import CacheFullError
 from eda.generation import Generation, GenerationRequest, generate, measure, summarise
-from eda.kinds import Off, Tree
-from eda.speculative import SpeculativeDecoder
+from eda.speculation.kinds import Off, Tree
 from tests.support.reference_family import Family, make_family
 
 PROMPTS = [[7, 8, 9], [1], [30, 31, 32, 33, 34], [60, 2]]

@@ -7,18 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from eda.answers import Logits
+from eda.backends.cpu.library import kernels
+from eda.backends.cpu.verifier import CpuVerifier
 from eda.backends.eager.verifier import RulesVerifier
 from eda.backends.loading import load_target
+from eda.decoder import ScheduledRow, SequenceState, SpeculativeDecoder
 from eda.errors import NonFiniteLogitsError
 from eda.generation import GenerationRequest, generate
-from eda.kernels.library import kernels
-from eda.kernels.verification import CpuVerifier
-from eda.kinds import Off
-from eda.sampling_params import SamplingParams
-from eda.speculative import ScheduledRow, SequenceState, SpeculativeDecoder
-from eda.target import FineTune
-from eda.verification import AnswerLines, Proposal, Verdict, VerificationRow
+from eda.models.answers import Logits
+from eda.models.target import FineTune
+from eda.sampling.params import SamplingParams
+from eda.speculation.kinds import Off
+from eda.speculation.verification import AnswerLines, Proposal, Verdict, VerificationRow
 from tests.support.tiny import tiny_target
 
 SAMPLINGS = {

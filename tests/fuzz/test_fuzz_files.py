@@ -15,20 +15,20 @@ from hypothesis import strategies as st
 from mutations import damaged, mutated, written
 
 from adapters.errors import CorruptVersionError
-from adapters.loading import load_private_module
-from adapters.manifest import MANIFEST_FILE, Manifest
+from adapters.serving.model_loader import load_private_module
+from adapters.store.manifest import MANIFEST_FILE, Manifest
 from eda.backends.loading import load_fine_tune, load_target
-from eda.checkpoint import vocabulary
-from eda.checkpoint_files import read_header
-from eda.draft import DraftModel
 from eda.errors import CheckpointError, DataError, EdaError
 from eda.files import PRIVATE_WEIGHTS_FILE as PRIVATE_FILE
-from eda.preflight import check_draft, check_fine_tune, check_target
-from eda.private import PrivateModule
-from eda.probe import require_usable
-from eda.target import FineTune, TargetModel
-from eda.training.prompts import ChatFormat, read_prompts, read_texts
-from eda.training.samples import read_samples
+from eda.formats.checkpoint import vocabulary
+from eda.formats.checkpoint_files import read_header
+from eda.formats.preflight import check_draft, check_fine_tune, check_target
+from eda.models.draft import DraftModel
+from eda.models.private import PrivateModule
+from eda.models.probe import require_usable
+from eda.models.target import FineTune, TargetModel
+from eda.training.data.prompts import ChatFormat, read_prompts, read_texts
+from eda.training.data.samples import read_samples
 from server.engine.speculation import SpeculationTable, SpeculationTableError
 from server.tokenizer import TextTokenizer
 from tests.support.reference_family import make_family

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutations import damaged, mutated, written
 
-from server.loading import load_runtime
+from server.assembly import load_runtime
 from server.logs import configure_logs
 from server.services import Services
 from server.settings import Settings

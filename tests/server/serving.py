@@ -10,9 +10,9 @@ import httpx
 import uvicorn
 
 from adapters.errors import UnknownModelError
-from eda.private import PrivateModule
-from eda.speculative import SpeculativeDecoder
-from eda.target import FineTune
+from eda.decoder import SpeculativeDecoder
+from eda.models.private import PrivateModule
+from eda.models.target import FineTune
 from server.app import create_app
 from server.connections import ServerConfig
 from server.engine.async_engine import AsyncEngine

@@ -9,7 +9,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 
-from server.loading import load_runtime
+from server.assembly import load_runtime
 from server.services import Services
 from server.settings import Settings
 from tests.server.serving import serve

@@ -12,9 +12,9 @@ import httpx
 import pytest
 from safetensors.torch import save_file
 
-from adapters.guard import GuardSettings
-from adapters.watcher import RegistryWatcher
-from server.loading import load_runtime
+from adapters.serving.guard import GuardSettings
+from adapters.serving.watcher import RegistryWatcher
+from server.assembly import load_runtime
 from server.services import Services
 from server.settings import Settings
 from tests.server.administration import PROMPTS, Server

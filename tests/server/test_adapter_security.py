@@ -13,9 +13,9 @@ import httpx
 import pytest
 
 from adapters.database import Database, sqlite_url
-from adapters.process import wait_until_dead
-from adapters.worker_settings import DATABASE_FILE, WorkerSettings
-from server.loading import load_runtime
+from adapters.worker.process import wait_until_dead
+from adapters.worker.settings import DATABASE_FILE, WorkerSettings
+from server.assembly import load_runtime
 from server.services import Services
 from server.settings import Settings
 from server.worker_supervisor import WorkerSupervisor

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from eda.speculative import SpeculativeDecoder
+from eda.decoder import SpeculativeDecoder
 from server.cache_size import DRAFT_ROOM, CacheSize, choose_cache_size, free_memory
 from server.settings import ConfigurationError, Settings
 from tests.support.family import MAX_LENGTH, Family

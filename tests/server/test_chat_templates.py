@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.loading import load_runtime
+from server.assembly import load_runtime
 from server.services import Services
 from server.settings import Settings
 from tests.server.serving import serve

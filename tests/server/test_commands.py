@@ -17,7 +17,7 @@ from server.bundled_prompts import bundled_prompts
 from server.calibration import Measurement, best_levels, draft_costs
 from server.cli import app
 from server.engine.speculation import DraftCosts, SpeculationLevel, SpeculationTable
-from server.load import ClientView, LoadResult, read_prompts
+from server.load_generator import ClientView, LoadResult, read_prompts
 from server.load_report import with_ratios
 from tests.support.oracle import Oracle
 
@@ -318,7 +318,7 @@ def test_models_that_cannot_be_loaded_end_the_process(family_directory: Path, tm
 
 
 BREAK_THE_ENGINE = """
-from eda.speculative import SpeculativeDecoder
+from eda.decoder import SpeculativeDecoder
 class Gone(BaseException): pass
 def step(self, rows): raise Gone("the device is gone")
 SpeculativeDecoder.step = step
@@ -327,7 +327,7 @@ SpeculativeDecoder.step = step
 
 STALL_THE_ENGINE = """
 import time
-from eda.speculative import SpeculativeDecoder
+from eda.decoder import SpeculativeDecoder
 SpeculativeDecoder.step = lambda self, rows: time.sleep(3600)
 """
 

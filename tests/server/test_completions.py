@@ -7,10 +7,10 @@ import httpx
 import pytest
 import torch
 
+from eda.decoder import SpeculativeDecoder
 from eda.generation import GenerationRequest, generate
-from eda.kinds import Off
-from eda.sampling import SamplingParams
-from eda.speculative import SpeculativeDecoder
+from eda.sampling.draws import SamplingParams
+from eda.speculation.kinds import Off
 from tests.support.family import MAX_LENGTH, Family
 from tests.support.oracle import Oracle
 

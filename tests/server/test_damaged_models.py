@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from eda.backends.loading import load_target
-from eda.target import FineTune
-from eda.verification import TokenLogprobs
+from eda.models.target import FineTune
+from eda.speculation.verification import TokenLogprobs
 from server.rendering import LOWEST_LOGPROB, chat_logprobs
 from tests.server.serving import make_parts, serve
 from tests.support.family import Family

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from eda.tokenizer import TextTokenizer
+from eda.formats.tokenizer import TextTokenizer
 from server.engine.detokenizer import REPLACEMENT
 from server.tokenizer import detokenizer_of
 from tests.support.family import tiny_tokenizer

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from server.app import create_app
-from server.loading import load_runtime
+from server.assembly import load_runtime
 from server.services import Services
 from server.settings import Settings
 from tests.server.serving import make_parts, serve

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 import torch
 
+from eda.decoder import ScheduledRow
 from eda.errors import NonFiniteLogitsError
-from eda.kinds import Off
-from eda.speculative import ScheduledRow
+from eda.speculation.kinds import Off
 from server.engine.detokenizer import IncrementalDetokenizer
 from server.engine.engine import (
     MAX_FAILED_STEPS,

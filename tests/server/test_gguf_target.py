@@ -9,11 +9,11 @@ from gguf_files import write_gguf
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from eda.tokenizer import TextTokenizer
-from eda.tokenizer_files import load_tokenizer
-from eda.training.prompts import ChatFormat
+from eda.formats.tokenizer import TextTokenizer
+from eda.formats.tokenizer_files import load_tokenizer
+from eda.training.data.prompts import ChatFormat
+from server.assembly import load_runtime
 from server.cli import app
-from server.loading import load_runtime
 from server.model_paths import model_paths
 from server.services import Services
 from server.settings import ConfigurationError, Settings

@@ -19,11 +19,16 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.adapter_schemas import CreateAdapterRequest
 from server.bodies import VALUES_PER_CONTAINER, check_json, has_more_values
 from server.errors import ApiError
 from server.middleware import LONGEST_TURN, Turns
-from server.schemas import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, RequestModel
+from server.schemas.adapters import CreateAdapterRequest
+from server.schemas.generation import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    RequestModel,
+)
 
 SIZE = 3_900_000
 """Bytes, just below what the server reads."""

@@ -20,9 +20,9 @@ def test_every_line_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logs(Settings(log_format="json"))
     configure_logs(Settings(log_format="json"))  # a second time adds no second line
     logger().info("ready", models=["base"])
-    logging.getLogger("eda.kernels.library").warning("no compiler: %s", "slower")
-    logging.getLogger("adapters.registry").info("loaded")
-    logging.getLogger("adapters.registry").debug("not this one")
+    logging.getLogger("eda.backends.cpu.library").warning("no compiler: %s", "slower")
+    logging.getLogger("adapters.serving.registry").info("loaded")
+    logging.getLogger("adapters.serving.registry").debug("not this one")
     try:
         raise ValueError("broken")
     except ValueError:
@@ -41,8 +41,8 @@ def test_every_line_is_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_console_shows_both_kinds(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logs(Settings(log_level="warning"))
     logger().warning("draining")
-    logging.getLogger("adapters.registry").info("not this one")
-    logging.getLogger("adapters.registry").warning("skipped")
+    logging.getLogger("adapters.serving.registry").info("not this one")
+    logging.getLogger("adapters.serving.registry").warning("skipped")
     first, second = capsys.readouterr().err.splitlines()
     assert "draining" in first
     assert "skipped" in second

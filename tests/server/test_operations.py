@@ -7,8 +7,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from eda.decoder import ScheduledRow
 from eda.errors import CheckpointError
-from eda.speculative import ScheduledRow
 from server.services import Services
 from server.settings import Settings
 from tests.server.serving import make_parts, serve, wait_until_ready

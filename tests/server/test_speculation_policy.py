@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eda.kinds import Chain, Off, Tree
+from eda.speculation.kinds import Chain, Off, Tree
 from server.engine.sequence import SequenceLabels, StepStats
 from server.engine.speculation import (
     CPU_PASSES_COSTS,

@@ -65,13 +65,13 @@ def test_completion_imports_nothing_heavy() -> None:
 
 
 def test_a_worker_that_waits_for_jobs_has_not_imported_torch() -> None:
-    code = "import adapters.worker_process, server.worker_settings, server.commands.worker"
+    code = "import adapters.worker.worker_process, server.worker_settings, server.commands.worker"
     packages, _ = imported(code)
     assert packages & {"torch", "transformers", "numpy"} == set()
 
 
 def test_transformers_is_imported_when_a_checkpoint_is_read() -> None:
-    packages, _ = imported("import adapters.stages, server.graceful_server")
+    packages, _ = imported("import adapters.worker.stages, server.graceful_server")
     assert "torch" in packages
     assert "transformers" not in packages
 

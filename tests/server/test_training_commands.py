@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from adapters.loading import ModelLoader
-from adapters.store import AdapterStore
+from adapters.serving.model_loader import ModelLoader
+from adapters.store.store import AdapterStore
 from eda.backends.loading import load_fine_tune, load_target
-from eda.draft import DraftModel
+from eda.models.draft import DraftModel
 from server.cli import app
 from tests.support.family import save_family
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from eda.kinds import Chain, Speculation, Tree
-from eda.speculative import SpeculativeDecoder
-from eda.static.shapes import ROWS
+from eda.backends.recorded.shapes import ROWS
+from eda.decoder import SpeculativeDecoder
+from eda.speculation.kinds import Chain, Speculation, Tree
+from server.assembly import _usual_rounds, load_runtime
 from server.engine.speculation import SpeculationTable
-from server.loading import _usual_rounds, load_runtime
 from server.services import Services
 from server.settings import ConfigurationError, Settings, load_settings
 

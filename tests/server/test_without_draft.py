@@ -10,9 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from structlog.testing import capture_logs
 
 from adapters.database import Database, sqlite_url
-from adapters.worker_settings import DATABASE_FILE
-from eda.speculative import SpeculativeDecoder
-from server.loading import load_runtime
+from adapters.worker.settings import DATABASE_FILE
+from eda.decoder import SpeculativeDecoder
+from server.assembly import load_runtime
 from server.logs import configure_logs
 from server.services import Services
 from server.settings import Settings

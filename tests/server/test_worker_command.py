@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from adapters import worker_main
-from adapters.worker_settings import SETTINGS_VARIABLE, WorkerSettings
+from adapters.worker import main as worker_main
+from adapters.worker.settings import SETTINGS_VARIABLE, WorkerSettings
 from server.cli import app
 
 

@@ -3,14 +3,14 @@
 from dataclasses import replace
 
 from eda.backends.base import Drafter
+from eda.backends.cpu.drafter import CpuDrafter, CpuDraftLayer, CpuProposer
+from eda.backends.drafting import Proposer
 from eda.backends.eager.draft_layer import TorchDraftLayer
 from eda.backends.eager.drafter import ChainTreeDrafter
-from eda.drafting import Proposer
-from eda.kernel_proposals import CpuDrafter, CpuDraftLayer, CpuProposer
-from eda.kinds import Chain, Tree
-from eda.proposer import EagerProposer
-from eda.speculative import SpeculativeDecoder
-from eda.static.draft_passes import RecordedProposer
+from eda.backends.eager.proposer import EagerProposer
+from eda.backends.recorded.proposer import RecordedProposer
+from eda.decoder import SpeculativeDecoder
+from eda.speculation.kinds import Chain, Tree
 
 
 def proposer_of(decoder: SpeculativeDecoder) -> Proposer:

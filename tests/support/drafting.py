@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eda.attention import AttentionRow, PackedBatch
-from eda.draft import DraftConfig, DraftModel
-from eda.kernels.draft import DraftHead, DraftKernel
-from eda.kernels.library import DraftRow, Sampling
-from eda.kernels.weights import WeightFormat
-from eda.kv_cache import Extent
-from eda.private import PrivateModule, PrivateSegment
+from eda.backends.cpu.draft import DraftHead, DraftKernel
+from eda.backends.cpu.library import DraftRow, Sampling
+from eda.backends.cpu.weights import WeightFormat
+from eda.models.attention import AttentionRow, PackedBatch
+from eda.models.cache import Extent
+from eda.models.draft import DraftConfig, DraftModel
+from eda.models.private import PrivateModule, PrivateSegment
 from tests.support.narrow import narrow_draft
 
 NUM_SLOTS = 256

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+from eda.decoder import ScheduledRow, SequenceState, StepResult
 from eda.errors import CacheFullError
-from eda.kinds import Chain, Speculation
-from eda.kv_cache import Extent
-from eda.speculative import ScheduledRow, SequenceState, StepResult
-from eda.target import FineTune
+from eda.models.cache import Extent
+from eda.models.target import FineTune
+from eda.speculation.kinds import Chain, Speculation
 from server.engine.detokenizer import IncrementalDetokenizer
 from server.engine.sequence import Sequence as EngineSequence
 from server.engine.sequence import SequenceLabels

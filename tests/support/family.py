@@ -11,11 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from eda.backends.loading import load_fine_tune, load_target
-from eda.draft import DraftConfig, DraftModel
-from eda.private import PrivateModule
-from eda.target import FineTune, TargetModel
-from eda.tokenizer import TextTokenizer
-from eda.tokenizer_files import load_tokenizer
+from eda.formats.tokenizer import TextTokenizer
+from eda.formats.tokenizer_files import load_tokenizer
+from eda.models.draft import DraftConfig, DraftModel
+from eda.models.private import PrivateModule
+from eda.models.target import FineTune, TargetModel
 
 transformers_logging.disable_progress_bar()
 

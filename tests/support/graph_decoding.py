@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from eda.draft import DraftModel
+from eda.backends.recorded.replay import GraphCache, Recorder, RerunBackend
+from eda.decoder import SequenceState, SpeculativeDecoder
 from eda.generation import GenerationRequest, generate
-from eda.kinds import Chain, Off, Speculation, Tree
-from eda.private import PrivateModule
-from eda.sampling import SamplingParams
-from eda.speculative import SequenceState, SpeculativeDecoder
-from eda.static.replay import GraphCache, Recorder, RerunBackend
+from eda.models.draft import DraftModel
+from eda.models.private import PrivateModule
+from eda.sampling.draws import SamplingParams
+from eda.speculation.kinds import Chain, Off, Speculation, Tree
 from tests.support.reference_family import Family
 
 GREEDY = SamplingParams(temperature=0.0)

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from eda.kernels.build import processor
-from eda.kernels.library import kernels
+from eda.backends.cpu.build import processor
+from eda.backends.cpu.library import kernels
 
 # What of the flags in /proc/cpuinfo each build needs; ``native`` comes last.
 _NEEDED = {

@@ -13,13 +13,13 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from eda.answers import Logits
 from eda.backends.base import Verifier
+from eda.backends.cpu.verifier import CpuVerifier
 from eda.backends.eager.verifier import RulesVerifier
-from eda.kernels.verification import CpuVerifier
-from eda.proposal import Proposal
-from eda.sampling import SamplingParams, TokenHistory
-from eda.verification import AnswerLines, VerificationRow
+from eda.models.answers import Logits
+from eda.sampling.draws import SamplingParams, TokenHistory
+from eda.speculation.proposal import Proposal
+from eda.speculation.verification import AnswerLines, VerificationRow
 from tests.support.sampling_reference import reference_logits
 
 Drafter = Callable[[list[int], torch.Generator], list[Proposal | None]]

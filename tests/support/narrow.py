@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from eda.backends.cpu.body import CpuBody
+from eda.backends.cpu.weights import WeightFormat
 from eda.backends.loading import load_fine_tune, load_target
-from eda.draft import DraftConfig, DraftModel
-from eda.kernels.body import CpuBody
-from eda.kernels.weights import WeightFormat
-from eda.private import PrivateConfig, PrivateModule
-from eda.quantised import QuantisedWeight
-from eda.target import FineTune, TargetModel, TargetOutput
+from eda.formats.quantised import QuantisedWeight
+from eda.models.draft import DraftConfig, DraftModel
+from eda.models.private import PrivateConfig, PrivateModule
+from eda.models.target import FineTune, TargetModel, TargetOutput
 from tests.support.tiny import randomise, tiny_lora, tiny_target
 
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from eda.backends.eager.draft_layer import TorchDraftLayer
+from eda.backends.eager.proposer import EagerProposer
+from eda.decoder import SequenceState, SpeculativeDecoder
 from eda.generation import GenerationRequest, generate
-from eda.kinds import Off
-from eda.proposal import Proposal
-from eda.proposer import EagerProposer
-from eda.speculative import SequenceState, SpeculativeDecoder
+from eda.speculation.kinds import Off
+from eda.speculation.proposal import Proposal
 from tests.support.family import Family
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from eda.attention import AttentionRow, PackedBatch
-from eda.kv_cache import Extent, KVCache
-from eda.lora import LoraAdapter, LoraSegment
-from eda.target import TapLayers, TargetModel
+from eda.models.attention import AttentionRow, PackedBatch
+from eda.models.cache import Extent, KVCache
+from eda.models.lora import LoraAdapter, LoraSegment
+from eda.models.target import TapLayers, TargetModel
 
 
 @dataclass

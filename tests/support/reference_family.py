@@ -10,8 +10,8 @@ import transformers
 from torch import Tensor
 
 from eda.backends.loading import load_fine_tune, load_target
-from eda.draft import DraftConfig, DraftModel
-from eda.target import FineTune, TargetModel
+from eda.models.draft import DraftConfig, DraftModel
+from eda.models.target import FineTune, TargetModel
 
 VOCAB_SIZE = 96
 DRAFT_VOCAB_SIZE = 60

@@ -1,4 +1,4 @@
-"""Processed logits as transformers computes them: the independent reference for ``eda.processors``."""
+"""Processed logits as transformers computes them: the independent reference for ``eda.sampling.processors``."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from eda.sampling import SamplingParams
+from eda.sampling.draws import SamplingParams
 
 
 def reference_logits(params: SamplingParams, logits: Tensor, prompt: list[int], output: list[int]) -> Tensor:

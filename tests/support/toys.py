@@ -6,15 +6,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eda.attention import AttentionRow, PackedBatch
-from eda.config import ModelConfig, RopeConfig
-from eda.draft import DraftModel
-from eda.target import FineTune, TargetModel, default_tap_layers
-from eda.training.dataset import Dataset
-from eda.training.prompts import ChatFormat
-from eda.training.samples import Sample
+from eda.formats.config import ModelConfig, RopeConfig
+from eda.models.attention import AttentionRow, PackedBatch
+from eda.models.draft import DraftModel
+from eda.models.target import FineTune, TargetModel, default_tap_layers
+from eda.training.data.dataset import Dataset
+from eda.training.data.prompts import ChatFormat
+from eda.training.data.samples import Sample
+from eda.training.data.target_states import StateCache
 from eda.training.shared_draft import draft_config_for
-from eda.training.target_states import StateCache
 
 VOCABULARY = 40
 

@@ -5,13 +5,13 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from eda.attention import PackedBatch
-from eda.draft import DraftModel
-from eda.drafting import Reading, embed
-from eda.kv_cache import KVCache
-from eda.lora import LoraAdapter
-from eda.private import PrivateSegment
-from eda.target import FineTune, TargetModel
+from eda.backends.drafting import Reading, embed
+from eda.models.attention import PackedBatch
+from eda.models.cache import KVCache
+from eda.models.draft import DraftModel
+from eda.models.lora import LoraAdapter
+from eda.models.private import PrivateSegment
+from eda.models.target import FineTune, TargetModel
 from eda.transfers import upload
 
 

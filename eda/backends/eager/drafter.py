@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from eda.backends.base import DraftRequest
-from eda.drafting import Proposer, Reading, in_draft_order
-from eda.kinds import Tree
-from eda.proposal import Proposal
-from eda.target import TapLayers
+from eda.backends.drafting import Proposer, Reading, in_draft_order
+from eda.models.target import TapLayers
+from eda.speculation.kinds import Tree
+from eda.speculation.proposal import Proposal
 from eda.transfers import upload
 
 MAX_PENDING_BYTES = 4 << 20

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from eda.backends.base import PassOutput, PassPlan
-from eda.kv_cache import KVCache
-from eda.packing import PassRow, lora_segments, pack, wanted_tokens
-from eda.target import TargetModel, TargetOutput
+from eda.models.cache import KVCache
+from eda.models.target import TargetModel, TargetOutput
+from eda.speculation.rows import PassRow, lora_segments, pack, wanted_tokens
 
 
 class EagerTarget:

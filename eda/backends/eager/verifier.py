@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from eda.answers import Likeliest
-from eda.verification import (
+from eda.models.answers import Likeliest
+from eda.speculation.verification import (
     AnswerLines,
     Verdict,
     VerificationRow,
@@ -17,7 +17,7 @@ from eda.verification import (
 
 
 class RulesVerifier:
-    """Applies ``eda.verification``.
+    """Applies ``eda.speculation.verification``.
 
     Args:
         generator: source of all randomness of rows that are neither greedy nor seeded.

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
+from eda.decoder import SpeculativeDecoder
 from eda.generation import GenerationRequest, generate
-from eda.kinds import Chain
-from eda.private import PrivateModule
-from eda.sampling import SamplingParams
-from eda.speculative import SpeculativeDecoder
-from eda.target import FineTune
-from eda.training.acceptance import simulate_acceptance, walk_rounds
-from eda.training.samples import Sample
-from eda.training.trainees import shared_trainee
-from eda.training.trainer import TrainingConfig, train
+from eda.models.private import PrivateModule
+from eda.models.target import FineTune
+from eda.sampling.draws import SamplingParams
+from eda.speculation.kinds import Chain
+from eda.training.data.samples import Sample
+from eda.training.learning.acceptance import simulate_acceptance, walk_rounds
+from eda.training.learning.trainees import shared_trainee
+from eda.training.learning.trainer import TrainingConfig, train
 from tests.support.toys import VOCABULARY, dataset_of, new_draft, random_target, spread
 
 

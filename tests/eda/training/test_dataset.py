@@ -2,9 +2,9 @@
 
 import torch
 
-from eda.target import FineTune, default_tap_layers
-from eda.training.samples import Sample
-from eda.training.target_states import StateCache, compute_states
+from eda.models.target import FineTune, default_tap_layers
+from eda.training.data.samples import Sample
+from eda.training.data.target_states import StateCache, compute_states
 from tests.support.toys import dataset_of, random_samples, random_target, whole_logits
 
 TAPS = default_tap_layers(4)

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from eda.private import PrivateModule
-from eda.target import FineTune
-from eda.training.scores import SCORES
-from eda.training.selection import score_samples
-from eda.training.trainees import lora_trainee, private_trainee, shared_trainee
-from eda.training.trainer import TrainingConfig, train
+from eda.models.private import PrivateModule
+from eda.models.target import FineTune
+from eda.training.data.scores import SCORES
+from eda.training.data.selection import score_samples
+from eda.training.learning.trainees import lora_trainee, private_trainee, shared_trainee
+from eda.training.learning.trainer import TrainingConfig, train
 from tests.support.toys import cyclic_samples, cyclic_target, dataset_of, new_draft
 
 CONFIG = TrainingConfig(num_steps=60, batch_size=8, unroll_steps=3, learning_rate=1e-2, patience=None)

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from eda.training import loss as loss_module
-from eda.training.loss import LOSS_KINDS, LossKind, TargetDistributions, head_loss, step_weights
+from eda.training.learning import loss as loss_module
+from eda.training.learning.loss import LOSS_KINDS, LossKind, TargetDistributions, head_loss, step_weights
 
 
 def plain_loss(draft_logits: Tensor, target_logits: Tensor, columns: Tensor, kind: LossKind) -> Tensor:

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eda.training import precision
-from eda.training.optimizer import MuonAdamW, orthogonalised
-from eda.training.trainees import shared_trainee
-from eda.training.trainer import TrainingConfig, train
+from eda.training.learning import precision
+from eda.training.learning.optimizer import MuonAdamW, orthogonalised
+from eda.training.learning.trainees import shared_trainee
+from eda.training.learning.trainer import TrainingConfig, train
 from tests.support.toys import dataset_of, new_draft, random_samples, random_target
 
 SHAPES = {"wide": (12, 40), "tall": (40, 12), "alike": (12, 40), "square": (16, 16)}

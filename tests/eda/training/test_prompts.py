@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from eda.errors import CheckpointError, DataError
-from eda.training.prompts import (
+from eda.training.data.prompts import (
     ChatFormat,
     Prompt,
     encode_prompts,

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from eda.decoder import SpeculativeDecoder
 from eda.errors import DataError, TrainingError
-from eda.speculative import SpeculativeDecoder
-from eda.target import FineTune
+from eda.models.target import FineTune
+from eda.training.data.prompts import prompts_from_strings
+from eda.training.data.regenerate import RegenerationConfig, is_sampled, regenerate
+from eda.training.data.samples import SAMPLES_FILE, read_samples
+from eda.training.data.self_prompts import ATTEMPTS_FILE, SelfPromptConfig, write_own_prompts
 from eda.training.progress import StageStoppedError
-from eda.training.prompts import prompts_from_strings
-from eda.training.regenerate import RegenerationConfig, is_sampled, regenerate
-from eda.training.samples import SAMPLES_FILE, read_samples
-from eda.training.self_prompts import ATTEMPTS_FILE, SelfPromptConfig, write_own_prompts
 from tests.support.toys import byte_chat, random_target
 
 CONFIG = RegenerationConfig(max_tokens=8, max_prompt_tokens=60, sampled_share=0.5, batch_size=4)
@@ -70,7 +70,9 @@ def test_finished_work_is_not_done_again(
 ) -> None:
     chat = byte_chat(tmp_path / "tokenizer")
     first, _ = regenerate(decoder, fine_tune, PROMPTS, chat, tmp_path / "out", CONFIG)
-    monkeypatch.setattr("eda.training.regenerate.generate", lambda *a, **k: pytest.fail("generated again"))
+    monkeypatch.setattr(
+        "eda.training.data.regenerate.generate", lambda *a, **k: pytest.fail("generated again")
+    )
     assert regenerate(decoder, fine_tune, PROMPTS, chat, tmp_path / "out", CONFIG)[0] == first
 
 
@@ -113,7 +115,7 @@ def test_own_prompts_are_distinct_and_resumable(
 ) -> None:
     chat = byte_chat(tmp_path / "tokenizer")
     texts = iter([f"please tell number {n // 2} now" + "!" * (n % 2) for n in range(100)])
-    monkeypatch.setattr("eda.training.self_prompts._text", lambda *_: next(texts))
+    monkeypatch.setattr("eda.training.data.self_prompts._text", lambda *_: next(texts))
     config = SelfPromptConfig(max_tokens=4, batch_size=4)
 
     def write(count: int, stop: bool = False) -> list[str]:

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from eda.errors import EdaError
-from eda.target import FineTune
+from eda.models.target import FineTune
+from eda.training.data.samples import Sample
+from eda.training.data.scores import SCORES
+from eda.training.data.selection import score_samples, select
+from eda.training.learning.trainees import shared_trainee
+from eda.training.learning.trainer import TrainingConfig, train
 from eda.training.progress import StageStoppedError
-from eda.training.samples import Sample
-from eda.training.scores import SCORES
-from eda.training.selection import score_samples, select
-from eda.training.trainees import shared_trainee
-from eda.training.trainer import TrainingConfig, train
 from tests.support.toys import (
     cyclic_samples,
     cyclic_target,

@@ -7,21 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from eda.draft import DraftModel
-from eda.kinds import Chain
-from eda.private import PrivateModule
-from eda.speculative import SpeculativeDecoder
-from eda.target import FineTune
+from eda.decoder import SpeculativeDecoder
+from eda.models.draft import DraftModel
+from eda.models.private import PrivateModule
+from eda.models.target import FineTune
+from eda.speculation.kinds import Chain
+from eda.training.data.prompts import ChatFormat, prompts_from_strings
+from eda.training.data.regenerate import RegenerationConfig, regenerate
+from eda.training.data.samples import Sample
+from eda.training.data.vocabulary import choose_draft_vocabulary
 from eda.training.evaluate import EvaluationConfig, Variant, evaluate, loops
+from eda.training.learning.trainer import TrainingConfig
 from eda.training.private_module import PrivateTrainingConfig, train_private_module
 from eda.training.progress import ProgressEvent, StageStoppedError
-from eda.training.prompts import ChatFormat, prompts_from_strings
-from eda.training.regenerate import RegenerationConfig, regenerate
-from eda.training.samples import Sample
 from eda.training.shared_draft import SharedDraftConfig, text_samples, train_shared_draft
-from eda.training.trainer import TrainingConfig
 from eda.training.triage import TriageConfig, triage
-from eda.training.vocabulary import choose_draft_vocabulary
 from tests.support.toys import byte_chat, new_draft, random_target, weights_of
 
 PROMPTS = prompts_from_strings([f"tell {number}" for number in range(14)])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from eda.training import stopwatch
-from eda.training.stopwatch import Stopwatch, in_words
+from eda.training.learning import stopwatch
+from eda.training.learning.stopwatch import Stopwatch, in_words
 
 
 def test_a_part_interrupts_the_one_around_it(monkeypatch: pytest.MonkeyPatch) -> None:

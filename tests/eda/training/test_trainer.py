@@ -12,12 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from eda.errors import DataError, MismatchError, TrainingError
-from eda.private import PrivateModule
-from eda.training import stopwatch, trainer
-from eda.training.acceptance import simulate_acceptance
-from eda.training.optimizer import MuonAdamW
-from eda.training.progress import StageStoppedError
-from eda.training.trainees import (
+from eda.models.private import PrivateModule
+from eda.training.learning import stopwatch, trainer
+from eda.training.learning.acceptance import simulate_acceptance
+from eda.training.learning.optimizer import MuonAdamW
+from eda.training.learning.trainees import (
     Trainee,
     lora_trainee,
     merged_draft,
@@ -25,8 +24,15 @@ from eda.training.trainees import (
     retrain_trainee,
     shared_trainee,
 )
-from eda.training.trainer import TrainingConfig, batch_loss, default_learning_rate, learning_rate, train
-from eda.training.unroll import unroll
+from eda.training.learning.trainer import (
+    TrainingConfig,
+    batch_loss,
+    default_learning_rate,
+    learning_rate,
+    train,
+)
+from eda.training.learning.unroll import unroll
+from eda.training.progress import StageStoppedError
 from tests.support.toys import (
     cyclic_samples,
     cyclic_target,

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from eda.attention import AttentionRow, PackedBatch
-from eda.draft import DraftConfig, DraftModel
-from eda.private import PrivateModule, PrivateSegment
-from eda.training.unroll import unroll
+from eda.models.attention import AttentionRow, PackedBatch
+from eda.models.draft import DraftConfig, DraftModel
+from eda.models.private import PrivateModule, PrivateSegment
+from eda.training.learning.unroll import unroll
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 """Norms are computed in float32, and sums of different lengths round differently."""

@@ -1,0 +1,1 @@
+"""Chat templates of strangers, rendered in processes with limits."""

@@ -1,0 +1,1 @@
+"""The process that does jobs, and what its stages compute."""

@@ -1,0 +1,1 @@
+"""What lies on disk: configurations, weights, tokenizers and chat templates, checked before they are used."""

@@ -1,0 +1,1 @@
+"""What a draft is, and which of it counts. Nothing here runs a pass."""

@@ -1,0 +1,1 @@
+"""What a draft learns from: prompts, answers, and the target's states over them."""

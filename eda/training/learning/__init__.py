@@ -1,0 +1,1 @@
+"""How a draft learns: the unrolled pass, losses, steps and checkpoints."""
