@@ -35,9 +35,9 @@ from sqlalchemy import (
     make_url,
 )
 
-from adapters.errors import InvalidInputError
-from adapters.private_files import private_file
-from adapters.store.files import locked
+from eda.adapters.errors import InvalidInputError
+from eda.adapters.private_files import private_file
+from eda.adapters.store.files import locked
 
 BUSY_TIMEOUT_MS = 30_000
 UNAVAILABLE = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from sqlalchemy import Connection
 
-from adapters.database import Database
-from adapters.errors import (
+from eda.adapters.database import Database
+from eda.adapters.errors import (
     AdapterServiceError,
     ConflictError,
     CorruptVersionError,
@@ -17,17 +17,23 @@ from adapters.errors import (
     UnknownModelError,
     UnknownVersionError,
 )
-from adapters.jobs.queue import Job, JobQueue, new_job_id
-from adapters.jobs.spec import AdaptationSpec
-from adapters.jobs.workspaces import Workspaces
-from adapters.serving.catalog import LIMIT_FIELDS, MAX_DESCRIPTION_LENGTH, Catalog, CatalogEntry, new_entry
-from adapters.serving.guard import LiveAcceptance
-from adapters.serving.registry import AdapterRegistry
-from adapters.serving.traffic import TrafficRecorder, TrafficUsage
-from adapters.store.files import MIB, telling_full_disk
-from adapters.store.manifest import Manifest
-from adapters.store.names import AllowedRoots, check_name
-from adapters.submission import (
+from eda.adapters.jobs.queue import Job, JobQueue, new_job_id
+from eda.adapters.jobs.spec import AdaptationSpec
+from eda.adapters.jobs.workspaces import Workspaces
+from eda.adapters.serving.catalog import (
+    LIMIT_FIELDS,
+    MAX_DESCRIPTION_LENGTH,
+    Catalog,
+    CatalogEntry,
+    new_entry,
+)
+from eda.adapters.serving.guard import LiveAcceptance
+from eda.adapters.serving.registry import AdapterRegistry
+from eda.adapters.serving.traffic import TrafficRecorder, TrafficUsage
+from eda.adapters.store.files import MIB, telling_full_disk
+from eda.adapters.store.manifest import Manifest
+from eda.adapters.store.names import AllowedRoots, check_name
+from eda.adapters.submission import (
     AdaptationOptions,
     DataLimits,
     DataSource,

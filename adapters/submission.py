@@ -11,12 +11,19 @@ from typing import Any, BinaryIO, Literal
 
 import psutil
 
-from adapters.errors import InvalidInputError, StorageFullError, TooLargeError
-from adapters.jobs.spec import DEFAULT_MARGIN, DRAFT_ROOM, Activation, DataSpec, TargetKind, TrainingOptions
-from adapters.jobs.workspaces import PROMPTS_FILE
-from adapters.serving.traffic import TrafficRecorder
-from adapters.store.files import MIB, require_free_space, sync_tree
-from adapters.store.names import AllowedRoots, check_hub_id
+from eda.adapters.errors import InvalidInputError, StorageFullError, TooLargeError
+from eda.adapters.jobs.spec import (
+    DEFAULT_MARGIN,
+    DRAFT_ROOM,
+    Activation,
+    DataSpec,
+    TargetKind,
+    TrainingOptions,
+)
+from eda.adapters.jobs.workspaces import PROMPTS_FILE
+from eda.adapters.serving.traffic import TrafficRecorder
+from eda.adapters.store.files import MIB, require_free_space, sync_tree
+from eda.adapters.store.names import AllowedRoots, check_hub_id
 from eda.errors import DataError, EdaError
 from eda.files import sha256_of_file
 from eda.formats.checkpoint_files import ADAPTER_CONFIG_FILE, require_directory, resolve_directory

@@ -20,8 +20,8 @@ from typing import Any
 
 import httpx
 
-from adapters.worker.stage_job import AdaptationDefaults
-from adapters.worker.stages import STAGES, Regenerate, Triage
+from eda.adapters.worker.stage_job import AdaptationDefaults
+from eda.adapters.worker.stages import STAGES, Regenerate, Triage
 from eda.training.data.prompts import Prompt, read_prompts
 from eda.training.data.regenerate import RegenerationConfig
 

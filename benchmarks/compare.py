@@ -23,8 +23,6 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from adapters.serving.model_loader import ModelLoader
-from adapters.store.store import AdapterStore
 from benchmarks import comparison_report as report
 from benchmarks.comparison_turns import RUN_FAILED, Record, run_in_turns
 from benchmarks.faithfulness import Faithfulness, FaithfulnessCheck
@@ -39,14 +37,16 @@ from benchmarks.peers.interface import (
     first_line,
 )
 from benchmarks.peers.plain_checkpoint import write_plain_checkpoint
+from eda.adapters.serving.model_loader import ModelLoader
+from eda.adapters.store.store import AdapterStore
 from eda.backends.loading import load_fine_tune
 from eda.decoder import SpeculativeDecoder
 from eda.models.private import PrivateModule
+from eda.server.engine.speculation import SpeculationTable
+from eda.server.model_paths import ModelPaths, model_paths
+from eda.server.models import choose_device, load_pair
+from eda.server.settings import load_settings
 from recipes.acceptance import newest_private_module
-from server.engine.speculation import SpeculationTable
-from server.model_paths import ModelPaths, model_paths
-from server.models import choose_device, load_pair
-from server.settings import load_settings
 
 ROOT = Path(__file__).parents[1]
 DOMAINS = ("math", "code", "medical")

@@ -46,10 +46,10 @@ from eda.decoder import SpeculativeDecoder
 from eda.models.draft import DraftConfig, DraftModel
 from eda.models.private import PrivateModule
 from eda.models.target import FineTune, TargetModel, default_tap_layers
+from eda.server.engine.speculation import SpeculationTable
+from eda.server.model_paths import model_paths
+from eda.server.settings import ConfigurationError, load_settings
 from eda.speculation.kinds import Off
-from server.engine.speculation import SpeculationTable
-from server.model_paths import model_paths
-from server.settings import ConfigurationError, load_settings
 
 SHAPES: dict[str, dict[str, int]] = {
     "8b": {

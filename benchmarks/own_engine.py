@@ -10,8 +10,8 @@ from eda.models.draft import DraftModel
 from eda.models.private import PrivateModule
 from eda.models.target import FineTune, TargetModel
 from eda.sampling.draws import SamplingParams
+from eda.server.engine.speculation import SpeculationTable
 from eda.speculation.kinds import Off, Speculation
-from server.engine.speculation import SpeculationTable
 
 KINDS = ("none", "shared", "private")
 GREEDY = SamplingParams(temperature=0.0)

@@ -22,9 +22,9 @@ from transformers import AutoTokenizer
 from benchmarks.compare import load_family
 from eda.decoder import ScheduledRow, SequenceState, SpeculativeDecoder
 from eda.sampling.draws import SamplingParams
+from eda.server.model_paths import model_paths
+from eda.server.settings import load_settings
 from eda.speculation.kinds import Chain, Off
-from server.model_paths import model_paths
-from server.settings import load_settings
 
 PROMPT = "Explain step by step what happens when water boils, and why."
 

@@ -33,9 +33,9 @@ from pathlib import Path
 import httpx
 import psutil
 
-from adapters.worker.process import SLEEPING_OPENMP
-from server.bundled_prompts import bundled_prompts
-from server.load_generator import LoadRequest, read_prompts, run_load
+from eda.adapters.worker.process import SLEEPING_OPENMP
+from eda.server.bundled_prompts import bundled_prompts
+from eda.server.load_generator import LoadRequest, read_prompts, run_load
 
 WAYS = {
     "as anybody": ("normal", 0),
@@ -177,7 +177,7 @@ def running_server(options: argparse.Namespace, checkout: Path, data_dir: str) -
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "server", "serve", "--port", str(port), "--data-dir", data_dir]
+    command = [sys.executable, "-m", "eda.server", "serve", "--port", str(port), "--data-dir", data_dir]
     command += ["--log-level", "warning", "--cache-mib", "64"]
     command += ["--models-dir", str(options.models)] if options.models else []
     environment = {**os.environ, "EDA_WORKER": "false", "PYTHONPATH": str(checkout)}

@@ -20,13 +20,13 @@ from benchmarks.compare import DOMAINS, load_family
 from benchmarks.own_engine import KINDS, Family
 from eda.decoder import ScheduledRow, SequenceState, SpeculativeDecoder
 from eda.sampling.draws import SamplingParams
+from eda.server.engine.sequence import DraftMode, SequenceLabels, StepStats
+from eda.server.engine.speculation import SpeculationPolicy, SpeculationTable
+from eda.server.model_paths import model_paths
+from eda.server.settings import load_settings
 from eda.speculation.kinds import Off
 from eda.training.data.prompts import ChatFormat
 from recipes.acceptance import held_out_prompts
-from server.engine.sequence import DraftMode, SequenceLabels, StepStats
-from server.engine.speculation import SpeculationPolicy, SpeculationTable
-from server.model_paths import model_paths
-from server.settings import load_settings
 
 LONGEST_PROMPT = 512
 

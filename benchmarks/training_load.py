@@ -14,15 +14,15 @@ from pathlib import Path
 
 import torch
 
-from adapters.worker.process import run_gently
+from eda.adapters.worker.process import run_gently
 from eda.backends.loading import load_fine_tune, load_target
 from eda.models.draft import DraftModel
+from eda.server.model_paths import model_paths
+from eda.server.settings import load_settings
 from eda.training.data.samples import Sample
 from eda.training.learning.trainer import TrainingConfig
 from eda.training.private_module import PrivateTrainingConfig, train_private_module
 from eda.training.progress import ProgressEvent
-from server.model_paths import model_paths
-from server.settings import load_settings
 
 NUM_STEPS = 1_000_000
 PROMPT_TOKENS, ANSWER_TOKENS = 40, 96

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from adapters.serving.model_loader import ModelLoader
-from adapters.store.store import AdapterStore
+from eda.adapters.serving.model_loader import ModelLoader
+from eda.adapters.store.store import AdapterStore
 from eda.backends.loading import load_fine_tune, load_target
 from eda.decoder import SpeculativeDecoder
 from eda.models.draft import DraftModel

@@ -85,7 +85,7 @@ class Recipe:
             self.work / "adapters" / domain / "1",
             [
                 *(
-                    "server",
+                    "eda.server",
                     "adapt",
                     "--target",
                     str(self.work / "base"),
@@ -135,7 +135,7 @@ class Recipe:
                 "draft",
                 work / "draft",
                 [
-                    *("server", "train-draft", "--target", str(work / "base")),
+                    *("eda.server", "train-draft", "--target", str(work / "base")),
                     *("--prompts", str(prompts / "general.jsonl"), *vocabulary, "--out", "{result}"),
                     *(*DRAFT_SETTINGS, "--quiet", *self.command_threads),
                 ],

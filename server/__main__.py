@@ -1,5 +1,5 @@
-"""`python -m server` is the `eda` command."""
+"""`python -m eda.server` is the `eda` command."""
 
-from server.cli import main
+from eda.server.cli import main
 
 main()

@@ -1,24 +1,24 @@
 """The adapter service and the worker process, as the settings ask for them."""
 
-from adapters.database import Database, sqlite_url
-from adapters.jobs.queue import JobQueue
-from adapters.jobs.workspaces import Workspaces
-from adapters.private_files import private_directory
-from adapters.service import AdapterService, ServiceSettings
-from adapters.serving.catalog import Catalog
-from adapters.serving.guard import Guard, GuardSettings
-from adapters.serving.model_loader import ModelLoader
-from adapters.serving.registry import AdapterRegistry
-from adapters.serving.traffic import TrafficRecorder
-from adapters.store.files import MIB
-from adapters.store.names import AllowedRoots
-from adapters.store.store import AdapterStore
-from adapters.submission import DataLimits
-from adapters.worker.settings import DATABASE_FILE
-from server.model_paths import ModelPaths
-from server.settings import Settings
-from server.worker_settings import bundled_directories, database_url, worker_settings
-from server.worker_supervisor import WorkerSupervisor
+from eda.adapters.database import Database, sqlite_url
+from eda.adapters.jobs.queue import JobQueue
+from eda.adapters.jobs.workspaces import Workspaces
+from eda.adapters.private_files import private_directory
+from eda.adapters.service import AdapterService, ServiceSettings
+from eda.adapters.serving.catalog import Catalog
+from eda.adapters.serving.guard import Guard, GuardSettings
+from eda.adapters.serving.model_loader import ModelLoader
+from eda.adapters.serving.registry import AdapterRegistry
+from eda.adapters.serving.traffic import TrafficRecorder
+from eda.adapters.store.files import MIB
+from eda.adapters.store.names import AllowedRoots
+from eda.adapters.store.store import AdapterStore
+from eda.adapters.submission import DataLimits
+from eda.adapters.worker.settings import DATABASE_FILE
+from eda.server.model_paths import ModelPaths
+from eda.server.settings import Settings
+from eda.server.worker_settings import bundled_directories, database_url, worker_settings
+from eda.server.worker_supervisor import WorkerSupervisor
 
 
 def make_adapter_service(

@@ -6,8 +6,8 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
-from adapters.database import UNAVAILABLE
-from adapters.errors import (
+from eda.adapters.database import UNAVAILABLE
+from eda.adapters.errors import (
     AdapterServiceError,
     ConflictError,
     CorruptVersionError,
@@ -17,7 +17,7 @@ from adapters.errors import (
     StorageFullError,
     TooLargeError,
 )
-from server.errors import (
+from eda.server.errors import (
     ApiError,
     BodyTooLargeError,
     InvalidRequestError,
@@ -25,7 +25,7 @@ from server.errors import (
     RequestFailedError,
     UnavailableError,
 )
-from server.logs import logger
+from eda.server.logs import logger
 
 
 class ResourceNotFoundError(ApiError):

@@ -6,9 +6,9 @@ from contextlib import suppress
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from adapters.database import UNAVAILABLE
-from adapters.service import AdapterService
-from server.worker_supervisor import WorkerSupervisor
+from eda.adapters.database import UNAVAILABLE
+from eda.adapters.service import AdapterService
+from eda.server.worker_supervisor import WorkerSupervisor
 
 _LABELS = ("model_name", "adapter_version")
 

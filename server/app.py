@@ -9,14 +9,14 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 
-from server.engine.engine import EngineStoppedError
-from server.error_handlers import install_handlers
-from server.logs import logger
-from server.middleware import GateMiddleware, RequestLogMiddleware
-from server.routes import adapters, chat, completions, jobs, models, operations
-from server.routes.operations import package_version
-from server.schemas.responses import ErrorResponse
-from server.services import Runtime, Services
+from eda.server.engine.engine import EngineStoppedError
+from eda.server.error_handlers import install_handlers
+from eda.server.logs import logger
+from eda.server.middleware import GateMiddleware, RequestLogMiddleware
+from eda.server.routes import adapters, chat, completions, jobs, models, operations
+from eda.server.routes.operations import package_version
+from eda.server.schemas.responses import ErrorResponse
+from eda.server.services import Runtime, Services
 
 GRACE_SECONDS = 60.0
 """How long a last step may take at shutdown."""

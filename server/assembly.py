@@ -4,30 +4,30 @@ from collections.abc import Iterable
 
 import torch
 
-from adapters.service import AdapterService
-from adapters.serving.model_loader import ModelLoader
-from adapters.serving.traffic import TrafficRecord
-from adapters.serving.watcher import RegistryWatcher
-from adapters.templates.renderer import TemplateRenderer
+from eda.adapters.service import AdapterService
+from eda.adapters.serving.model_loader import ModelLoader
+from eda.adapters.serving.traffic import TrafficRecord
+from eda.adapters.serving.watcher import RegistryWatcher
+from eda.adapters.templates.renderer import TemplateRenderer
 from eda.backends.base import BackendName
 from eda.decoder import SpeculativeDecoder
 from eda.formats.chat_template import ChatTemplateError
 from eda.formats.tokenizer import TextTokenizer
 from eda.formats.tokenizer_files import load_tokenizer
+from eda.server.adaptation import make_adapter_service, make_worker
+from eda.server.adapter_metrics import AdapterMetrics
+from eda.server.cache_size import MIB, choose_cache_size, free_memory
+from eda.server.engine.async_engine import AsyncEngine
+from eda.server.engine.scheduler import SchedulerLimits
+from eda.server.engine.sequence import Sequence
+from eda.server.engine.speculation import SpeculationPolicy, SpeculationTable, SpeculationTableError
+from eda.server.engine.stopping import FinishReason
+from eda.server.logs import logger
+from eda.server.model_paths import model_paths
+from eda.server.models import choose_device, load_pair
+from eda.server.services import Runtime, Services
+from eda.server.settings import ConfigurationError, Settings
 from eda.speculation.kinds import Speculation
-from server.adaptation import make_adapter_service, make_worker
-from server.adapter_metrics import AdapterMetrics
-from server.cache_size import MIB, choose_cache_size, free_memory
-from server.engine.async_engine import AsyncEngine
-from server.engine.scheduler import SchedulerLimits
-from server.engine.sequence import Sequence
-from server.engine.speculation import SpeculationPolicy, SpeculationTable, SpeculationTableError
-from server.engine.stopping import FinishReason
-from server.logs import logger
-from server.model_paths import model_paths
-from server.models import choose_device, load_pair
-from server.services import Runtime, Services
-from server.settings import ConfigurationError, Settings
 
 
 def load_runtime(services: Services) -> Runtime:

@@ -7,8 +7,8 @@ from hmac import compare_digest
 
 from starlette.types import Scope
 
-from server.errors import ApiError, AuthenticationError, PermissionDeniedError
-from server.settings import Settings
+from eda.server.errors import ApiError, AuthenticationError, PermissionDeniedError
+from eda.server.settings import Settings
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/docs", "/docs/oauth2-redirect", "/openapi.json"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})

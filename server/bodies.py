@@ -7,7 +7,7 @@ they are counted before anything is parsed.
 import re
 from itertools import islice
 
-from server.errors import BodyTooLargeError, InvalidRequestError
+from eda.server.errors import BodyTooLargeError, InvalidRequestError
 
 VALUES_PER_CONTAINER = 8
 """A list or an object costs a parser and a validator about as much as this many numbers."""

@@ -9,7 +9,7 @@ import torch
 from eda.decoder import SpeculativeDecoder
 from eda.models.draft import DraftModel
 from eda.models.target import TargetModel
-from server.settings import ConfigurationError, Settings
+from eda.server.settings import ConfigurationError, Settings
 
 MIB = 1024 * 1024
 DEFAULT_CACHE_BYTES = 1024 * MIB

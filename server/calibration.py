@@ -17,8 +17,8 @@ from eda.models.draft import DraftModel
 from eda.models.private import PrivateModule
 from eda.models.target import FineTune, TargetModel
 from eda.sampling.draws import SamplingParams
+from eda.server.engine.speculation import TORCH_COSTS, DraftCosts, SpeculationLevel, SpeculationTable
 from eda.speculation.kinds import Chain, Tree
-from server.engine.speculation import TORCH_COSTS, DraftCosts, SpeculationLevel, SpeculationTable
 
 LARGEST_TREE_BATCH = 2
 """Trees verify many nodes for each sequence; they are tried for very small batches only."""

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from server.commands import adapt, bench, export, generate, serve, train_draft, worker
+from eda.server.commands import adapt, bench, export, generate, serve, train_draft, worker
 
 app = typer.Typer(
     name="eda",

@@ -11,9 +11,9 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
-from server.errors import UnavailableError
-from server.logs import logger
-from server.settings import Settings
+from eda.server.errors import UnavailableError
+from eda.server.logs import logger
+from eda.server.settings import Settings
 
 BACKLOG = 128
 """Connections that the system keeps until they are accepted. Without file descriptors, asyncio tries that many times in

@@ -5,8 +5,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from server.errors import ApiError, error_body
-from server.validation import from_problems
+from eda.server.errors import ApiError, error_body
+from eda.server.validation import from_problems
 
 _UNREADABLE = "There was an error parsing the body"
 """All that the framework says of a body that is no UTF-8."""

@@ -20,7 +20,7 @@ A body is ``{"error": {"message", "type", "param", "code"}}``, for errors of the
 from typing import Any, ClassVar
 
 from eda.errors import NonFiniteLogitsError
-from server.engine.engine import DeadlineError, EngineStoppedError, ModelStepError, QueueFullError
+from eda.server.engine.engine import DeadlineError, EngineStoppedError, ModelStepError, QueueFullError
 
 RETRY_AFTER_SECONDS = 2
 

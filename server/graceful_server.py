@@ -9,12 +9,12 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from server.app import create_app
-from server.assembly import load_runtime
-from server.connections import AcceptErrors, ServerConfig, room_for_connections
-from server.logs import logger
-from server.services import Runtime, Services
-from server.settings import Settings
+from eda.server.app import create_app
+from eda.server.assembly import load_runtime
+from eda.server.connections import AcceptErrors, ServerConfig, room_for_connections
+from eda.server.logs import logger
+from eda.server.services import Runtime, Services
+from eda.server.settings import Settings
 
 
 class GracefulServer(uvicorn.Server):

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 from rich.table import Table
 
-from server.load_generator import LoadRequest, LoadResult, measure
+from eda.server.load_generator import LoadRequest, LoadResult, measure
 
 
 async def measure_server(
@@ -17,7 +17,7 @@ async def measure_server(
     rounds: int,
     timeout: float,
 ) -> list[LoadResult]:
-    """``server.load_generator.measure`` on the server at ``url``, with the key from ``EDA_API_KEY``."""
+    """``eda.server.load_generator.measure`` on the server at ``url``, with the key from ``EDA_API_KEY``."""
     key = os.environ.get("EDA_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     limits = httpx.Limits(max_connections=None)

@@ -6,7 +6,7 @@ from typing import Any
 
 import structlog
 
-from server.settings import Settings
+from eda.server.settings import Settings
 
 
 class _StandardHandler(logging.StreamHandler[Any]):

@@ -6,7 +6,7 @@ from functools import lru_cache
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from eda.errors import NonFiniteLogitsError
-from server.engine.sequence import Sequence, SequenceLabels, StepStats
+from eda.server.engine.sequence import Sequence, SequenceLabels, StepStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LABELS = ("model_name", "adapter", "adapter_version", "draft")

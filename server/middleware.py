@@ -18,11 +18,11 @@ from limits.strategies import SlidingWindowCounterRateLimiter
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.auth import ADMINISTRATOR, OPEN_PATHS, Client, KeyRing
-from server.bodies import check_json
-from server.errors import ApiError, BodyTimeoutError, BodyTooLargeError, RateLimitError, UnavailableError
-from server.logs import logger
-from server.services import Services
+from eda.server.auth import ADMINISTRATOR, OPEN_PATHS, Client, KeyRing
+from eda.server.bodies import check_json
+from eda.server.errors import ApiError, BodyTimeoutError, BodyTooLargeError, RateLimitError, UnavailableError
+from eda.server.logs import logger
+from eda.server.services import Services
 
 CLIENT_CLOSED_REQUEST = 499
 QUIET_PATHS = ("/health", "/ready", "/metrics")

@@ -6,7 +6,7 @@ from pathlib import Path
 from eda.errors import EdaError
 from eda.formats.checkpoint_files import is_gguf, require_directory
 from eda.formats.preflight import check_draft, check_fine_tune, check_target
-from server.settings import BUNDLED_MODELS, ConfigurationError, Settings
+from eda.server.settings import BUNDLED_MODELS, ConfigurationError, Settings
 
 NOT_FINE_TUNES = frozenset({"base", "draft", "adapters"})
 

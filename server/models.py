@@ -5,8 +5,8 @@ import torch
 from eda.backends.loading import load_target
 from eda.models.draft import DraftModel
 from eda.models.target import TargetModel
-from server.model_paths import ModelPaths
-from server.settings import ConfigurationError
+from eda.server.model_paths import ModelPaths
+from eda.server.settings import ConfigurationError
 
 
 def choose_device(name: str) -> torch.device:

@@ -6,11 +6,10 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from eda.formats.tokenizer import TextTokenizer
-from eda.speculation.verification import TokenLogprobs
-from server.engine.sequence import SequenceDelta
-from server.engine.stopping import FinishReason
-from server.preparation import PreparedRequest
-from server.schemas.responses import (
+from eda.server.engine.sequence import SequenceDelta
+from eda.server.engine.stopping import FinishReason
+from eda.server.preparation import PreparedRequest
+from eda.server.schemas.responses import (
     ChatLogprobs,
     CompletionLogprobs,
     FinishReasonName,
@@ -19,6 +18,7 @@ from server.schemas.responses import (
     TopLogprob,
     Usage,
 )
+from eda.speculation.verification import TokenLogprobs
 
 LOWEST_LOGPROB = -9999.0
 """Written for a probability of zero: JSON has no infinity."""

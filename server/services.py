@@ -6,15 +6,15 @@ from typing import Protocol
 
 from fastapi import APIRouter, Request
 
-from adapters.service import AdapterService
-from adapters.templates.renderer import TemplateRenderer
+from eda.adapters.service import AdapterService
+from eda.adapters.templates.renderer import TemplateRenderer
 from eda.formats.tokenizer import TextTokenizer
 from eda.models.private import PrivateModule
 from eda.models.target import FineTune
-from server.engine.async_engine import AsyncEngine
-from server.errors import UnavailableError
-from server.metrics import ServerMetrics
-from server.settings import Settings
+from eda.server.engine.async_engine import AsyncEngine
+from eda.server.errors import UnavailableError
+from eda.server.metrics import ServerMetrics
+from eda.server.settings import Settings
 
 
 class ServedModel(Protocol):
@@ -49,9 +49,9 @@ class Lease(Protocol):
 
 
 class ModelRegistry(Protocol):
-    """The part of ``adapters.serving.registry.AdapterRegistry`` that requests need.
+    """The part of ``eda.adapters.serving.registry.AdapterRegistry`` that requests need.
 
-    All that take a name raise ``adapters.errors.UnknownModelError`` for one that is not served. ``acquire``
+    All that take a name raise ``eda.adapters.errors.UnknownModelError`` for one that is not served. ``acquire``
     reads from disk when ``is_loaded`` is false.
     """
 

@@ -20,9 +20,9 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from adapters.errors import InvalidInputError
-from adapters.store.names import check_name
-from adapters.worker.process import Scheduling
+from eda.adapters.errors import InvalidInputError
+from eda.adapters.store.names import check_name
+from eda.adapters.worker.process import Scheduling
 
 BUNDLED_MODELS = Path(__file__).resolve().parent.parent / "models"
 

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 import typer
 
-from adapters.errors import AdapterServiceError
-from adapters.serving.model_loader import ModelLoader
-from adapters.store.store import AdapterStore
+from eda.adapters.errors import AdapterServiceError
+from eda.adapters.serving.model_loader import ModelLoader
+from eda.adapters.store.store import AdapterStore
 from eda.backends.loading import load_fine_tune
 from eda.decoder import SpeculativeDecoder
 from eda.errors import MismatchError
@@ -23,11 +23,11 @@ from eda.generation import generate as generate_batch
 from eda.models.draft import DraftModel
 from eda.models.private import PrivateModule
 from eda.models.target import FineTune, TargetModel
+from eda.server.model_paths import ModelPaths, model_paths
+from eda.server.models import choose_device, load_pair
+from eda.server.settings import ConfigurationError, Settings
+from eda.server.tokenizer import detokenizer_of
 from eda.speculation.kinds import Off
-from server.model_paths import ModelPaths, model_paths
-from server.models import choose_device, load_pair
-from server.settings import ConfigurationError, Settings
-from server.tokenizer import detokenizer_of
 
 DraftChoice = Literal["none", "shared", "private"]
 

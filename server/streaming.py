@@ -12,15 +12,15 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
-from server.engine.async_engine import OutputStream
-from server.engine.engine import EngineError
-from server.engine.sequence import SequenceDelta
-from server.errors import ApiError, from_engine
-from server.logs import logger
-from server.middleware import CLIENT_CLOSED_REQUEST
-from server.preparation import PreparedRequest
-from server.rendering import Collected, metrics_of
-from server.services import Services
+from eda.server.engine.async_engine import OutputStream
+from eda.server.engine.engine import EngineError
+from eda.server.engine.sequence import SequenceDelta
+from eda.server.errors import ApiError, from_engine
+from eda.server.logs import logger
+from eda.server.middleware import CLIENT_CLOSED_REQUEST
+from eda.server.preparation import PreparedRequest
+from eda.server.rendering import Collected, metrics_of
+from eda.server.services import Services
 
 DONE = "data: [DONE]\n\n"
 LOGPROBS_INLINE = 256

@@ -3,10 +3,10 @@
 import asyncio
 from collections.abc import Sequence
 
-from adapters.templates.renderer import TemplateRenderer
+from eda.adapters.templates.renderer import TemplateRenderer
 from eda.formats.chat_template import Message
 from eda.formats.tokenizer import TextTokenizer
-from server.engine.detokenizer import IncrementalDetokenizer
+from eda.server.engine.detokenizer import IncrementalDetokenizer
 
 
 def detokenizer_of(tokenizer: TextTokenizer) -> IncrementalDetokenizer:

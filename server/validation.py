@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from server.errors import InvalidRequestError
+from eda.server.errors import InvalidRequestError
 
 JSON_BODY = "the body must be a JSON object, sent with 'Content-Type: application/json'"
 

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from adapters.worker.settings import WorkerSettings
-from server.model_paths import ModelPaths
-from server.settings import Settings
+from eda.adapters.worker.settings import WorkerSettings
+from eda.server.model_paths import ModelPaths
+from eda.server.settings import Settings
 
 
 def worker_settings(

@@ -11,11 +11,11 @@ import threading
 import time
 from collections.abc import Sequence
 
-from adapters.worker.process import SLEEPING_OPENMP
-from adapters.worker.settings import SETTINGS_VARIABLE, WorkerSettings
-from server.logs import logger
+from eda.adapters.worker.process import SLEEPING_OPENMP
+from eda.adapters.worker.settings import SETTINGS_VARIABLE, WorkerSettings
+from eda.server.logs import logger
 
-_COMMAND = (sys.executable, "-m", "adapters.worker.main")
+_COMMAND = (sys.executable, "-m", "eda.adapters.worker.main")
 _SECRETS = frozenset({"EDA_API_KEYS", "EDA_ADMIN_KEY"})
 _FIRST_DELAY = 1.0
 _LONGEST_DELAY = 60.0

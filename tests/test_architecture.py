@@ -9,9 +9,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 FORBIDDEN = {
-    "eda": {"adapters", "server", "fastapi", "starlette", "uvicorn", "asyncio", "threading", "sqlalchemy"},
-    "adapters": {"server", "fastapi", "starlette", "uvicorn"},
-    "server/engine": {"adapters", "fastapi", "starlette", "uvicorn"},
+    "eda": {
+        "eda.adapters",
+        "eda.server",
+        "fastapi",
+        "starlette",
+        "uvicorn",
+        "asyncio",
+        "threading",
+        "sqlalchemy",
+    },
+    "adapters": {"eda.server", "fastapi", "starlette", "uvicorn"},
+    "server/engine": {"eda.adapters", "fastapi", "starlette", "uvicorn"},
     "server": {"benchmarks", "recipes"},
 }
 
@@ -57,11 +66,11 @@ def test_a_layer_imports_only_what_lies_below_it(folder: str) -> None:
 def test_the_check_sees_imports_inside_functions() -> None:
     source = (
         "def f():\n"
-        "    from server.app import create_app\n"
+        "    from eda.server.app import create_app\n"
         "    import importlib\n"
-        "    importlib.import_module('adapters.store.store')\n"
+        "    importlib.import_module('eda.adapters.store.store')\n"
     )
-    assert violations("eda", source) == {"server.app", "adapters.store.store"}
+    assert violations("eda", source) == {"eda.server.app", "eda.adapters.store.store"}
 
 
 @pytest.mark.parametrize("package", ["eda", "adapters", "server"])

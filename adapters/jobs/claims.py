@@ -13,18 +13,18 @@ from typing import Any
 
 from sqlalchemy import Connection, or_, select, update
 
-from adapters.database import Database, jobs
-from adapters.errors import (
+from eda.adapters.database import Database, jobs
+from eda.adapters.errors import (
     ClaimLostError,
     ConflictError,
     InvalidInputError,
     JobInterruptedError,
     UnknownModelError,
 )
-from adapters.jobs.queue import Job, add_event, is_in_service, job_from_row
-from adapters.jobs.spec import AdaptationSpec
-from adapters.serving.catalog import Catalog
-from adapters.worker.process import is_certainly_dead
+from eda.adapters.jobs.queue import Job, add_event, is_in_service, job_from_row
+from eda.adapters.jobs.spec import AdaptationSpec
+from eda.adapters.serving.catalog import Catalog
+from eda.adapters.worker.process import is_certainly_dead
 
 DEFAULT_LEASE_SECONDS = 60.0
 _LONGEST_RETRY_DELAY = 60.0

@@ -1,9 +1,9 @@
 """One adaptation from start to end: its stages, one after the other.
 
 ``run_adaptation`` knows what is finished; what is computed is in each ``Stage`` (``adapters/worker/stages.py``). A
-marker file is written after each stage, atomically, with the stage's result. A job that is killed and run again skips what has a
-marker and enters the next stage anew, which goes on from its own files in the workspace (samples appended so far, the
-last checkpoint).
+marker file is written after each stage, atomically, with the stage's result. A job that is killed and run again skips
+what has a marker and enters the next stage anew, which goes on from its own files in the workspace (samples appended so
+far, the last checkpoint).
 """
 
 from abc import abstractmethod
@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from adapters.errors import JobInterruptedError
-from adapters.jobs.spec import AdaptationSpec
-from adapters.store.files import locked_or_raise, write_json_atomically
+from eda.adapters.errors import JobInterruptedError
+from eda.adapters.jobs.spec import AdaptationSpec
+from eda.adapters.store.files import locked_or_raise, write_json_atomically
 from eda.formats.json_files import read_json
 
 Result = dict[str, Any]

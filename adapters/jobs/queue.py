@@ -16,9 +16,9 @@ from typing import Any, Literal
 from sqlalchemy import Connection, RowMapping, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from adapters.database import Database, adapters, events, jobs
-from adapters.errors import ConflictError, QueueFullError, UnknownJobError
-from adapters.jobs.spec import AdaptationSpec
+from eda.adapters.database import Database, adapters, events, jobs
+from eda.adapters.errors import ConflictError, QueueFullError, UnknownJobError
+from eda.adapters.jobs.spec import AdaptationSpec
 
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 STATES: tuple[JobState, ...] = ("queued", "running", "succeeded", "failed", "cancelled")

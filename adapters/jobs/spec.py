@@ -10,7 +10,7 @@ from annotated_types import Ge, Le
 from pydantic import ConfigDict, Field
 from pydantic.fields import FieldInfo
 
-from adapters.errors import InvalidInputError
+from eda.adapters.errors import InvalidInputError
 from eda.training.data.scores import DEFAULT_SCORE, SCORES
 
 TargetKind = Literal["target", "lora", "full"]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from sqlalchemy import select
 
-from adapters.database import Database, adapters, jobs
-from adapters.errors import InvalidInputError
-from adapters.jobs.queue import FINAL_STATES
-from adapters.store.files import empty_trash, remove_tree
+from eda.adapters.database import Database, adapters, jobs
+from eda.adapters.errors import InvalidInputError
+from eda.adapters.jobs.queue import FINAL_STATES
+from eda.adapters.store.files import empty_trash, remove_tree
 
 PROMPTS_FILE = "prompts.jsonl"
 DEFAULT_KEEP_SECONDS = 7 * 24 * 3600.0

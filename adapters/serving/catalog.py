@@ -13,11 +13,11 @@ from typing import Any, Literal
 from sqlalchemy import Connection, RowMapping, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from adapters.database import Database, adapters, events
-from adapters.errors import ConflictError, UnknownModelError
-from adapters.jobs.queue import add_event, cancel_all_of
-from adapters.jobs.spec import TargetKind
-from adapters.store.names import fold_name
+from eda.adapters.database import Database, adapters, events
+from eda.adapters.errors import ConflictError, UnknownModelError
+from eda.adapters.jobs.queue import add_event, cancel_all_of
+from eda.adapters.jobs.spec import TargetKind
+from eda.adapters.store.names import fold_name
 
 Origin = Literal["configured", "posted"]
 LIMIT_FIELDS = ("traffic_max_mib",)

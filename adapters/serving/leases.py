@@ -4,8 +4,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from adapters.serving.catalog import CatalogEntry
-from adapters.store.manifest import Manifest
+from eda.adapters.serving.catalog import CatalogEntry
+from eda.adapters.store.manifest import Manifest
 from eda.models.private import PrivateModule
 from eda.models.target import FineTune
 

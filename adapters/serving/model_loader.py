@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Protocol
 
-from adapters.errors import CorruptVersionError
-from adapters.store.manifest import Fingerprints, Manifest
-from adapters.store.store import AdapterStore
-from adapters.store.tensors import refuse_unsafe_files
-from adapters.templates.renderer import TemplateRenderer
+from eda.adapters.errors import CorruptVersionError
+from eda.adapters.store.manifest import Fingerprints, Manifest
+from eda.adapters.store.store import AdapterStore
+from eda.adapters.store.tensors import refuse_unsafe_files
+from eda.adapters.templates.renderer import TemplateRenderer
 from eda.backends.loading import load_fine_tune
 from eda.errors import CheckpointError, EdaError, MismatchError
 from eda.files import PRIVATE_WEIGHTS_FILE

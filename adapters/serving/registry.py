@@ -10,12 +10,12 @@ import threading
 import time
 from pathlib import Path
 
-from adapters.errors import AdapterServiceError, ConflictError, CorruptVersionError, UnknownModelError
-from adapters.serving.catalog import Catalog, CatalogEntry
-from adapters.serving.guard import Guard, Verdict
-from adapters.serving.leases import ActiveVersion, Lease, Served, ServedModel
-from adapters.serving.model_loader import Loader
-from adapters.store.store import AdapterStore, Problem
+from eda.adapters.errors import AdapterServiceError, ConflictError, CorruptVersionError, UnknownModelError
+from eda.adapters.serving.catalog import Catalog, CatalogEntry
+from eda.adapters.serving.guard import Guard, Verdict
+from eda.adapters.serving.leases import ActiveVersion, Lease, Served, ServedModel
+from eda.adapters.serving.model_loader import Loader
+from eda.adapters.store.store import AdapterStore, Problem
 from eda.errors import EdaError
 from eda.models.target import FineTune
 

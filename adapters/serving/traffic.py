@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from adapters.store.files import MIB
-from adapters.store.names import check_name
+from eda.adapters.store.files import MIB
+from eda.adapters.store.names import check_name
 
 logger = logging.getLogger(__name__)
 

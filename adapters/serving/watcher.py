@@ -3,8 +3,8 @@
 import logging
 import threading
 
-from adapters.database import UNAVAILABLE
-from adapters.serving.registry import AdapterRegistry
+from eda.adapters.database import UNAVAILABLE
+from eda.adapters.serving.registry import AdapterRegistry
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adapters.errors import ConflictError, InvalidInputError
-from adapters.store.files import sync_tree
-from adapters.store.manifest import Manifest
+from eda.adapters.errors import ConflictError, InvalidInputError
+from eda.adapters.store.files import sync_tree
+from eda.adapters.store.manifest import Manifest
 from eda.formats.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE
 from eda.models.draft import DraftConfig, DraftModel
 from eda.models.private import PrivateModule

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import StorageFullError
+from eda.adapters.errors import StorageFullError
 from eda.files import sync_directory, write_atomically
 
 MIB = 1024 * 1024

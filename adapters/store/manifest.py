@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from adapters.errors import CorruptVersionError
+from eda.adapters.errors import CorruptVersionError
 from eda.formats.json_files import read_json
 
 SCHEMA_VERSION = 1

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adapters.errors import CorruptVersionError, InvalidInputError, UnknownVersionError
-from adapters.store.files import empty_trash, locked, remove_tree, sync_tree, write_json_atomically
-from adapters.store.manifest import MANIFEST_FILE, Manifest
-from adapters.store.names import check_name
-from adapters.store.tensors import read_header, refuse_unsafe_files
+from eda.adapters.errors import CorruptVersionError, InvalidInputError, UnknownVersionError
+from eda.adapters.store.files import empty_trash, locked, remove_tree, sync_tree, write_json_atomically
+from eda.adapters.store.manifest import MANIFEST_FILE, Manifest
+from eda.adapters.store.names import check_name
+from eda.adapters.store.tensors import read_header, refuse_unsafe_files
 from eda.files import PRIVATE_WEIGHTS_FILE, sha256_of_file, sync_directory
 
 

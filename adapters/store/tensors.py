@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from adapters.errors import CorruptVersionError
+from eda.adapters.errors import CorruptVersionError
 from eda.errors import CheckpointError
 from eda.files import PICKLE_SUFFIXES
 from eda.formats import checkpoint_files

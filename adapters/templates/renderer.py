@@ -1,7 +1,7 @@
 """Chat templates of strangers, rendered with limits on time, memory and size.
 
-Each template runs in a small process of its own (``adapters.templates.worker``), so one that takes for ever delays its
-own model's chats only, and is ended by the operating system.
+Each template runs in a small process of its own (``eda.adapters.templates.worker``), so one that takes for ever delays
+its own model's chats only, and is ended by the operating system.
 """
 
 import json
@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from adapters.templates.worker import PROCESSOR_SECONDS
+from eda.adapters.templates.worker import PROCESSOR_SECONDS
 from eda.formats.chat_template import ChatTemplate, ChatTemplateError, Message
 
 MAX_PROCESSES = 16
@@ -108,7 +108,7 @@ class _TemplateProcess:
         environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         environment["PYTHONPATH"] = os.pathsep.join([str(_ROOT), *filter(None, sys.path)])
         self._process = subprocess.Popen(
-            [sys.executable, "-S", "-m", "adapters.templates.worker"],
+            [sys.executable, "-S", "-m", "eda.adapters.templates.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""The process in which one chat template runs (see ``adapters.templates.renderer``): JSON lines in, JSON lines out.
+"""The process in which one chat template runs (see ``eda.adapters.templates.renderer``): JSON lines in, JSON lines out.
 
 The first line holds the template, each further one messages to render. An answer has ``text`` or ``error``. A line that
 takes too much processor time ends the process by a signal that Python cannot hold up, since one operation of a template

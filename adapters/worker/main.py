@@ -1,20 +1,20 @@
-"""The worker that trains: ``python -m adapters.worker.main``, with its settings in the environment."""
+"""The worker that trains: ``python -m eda.adapters.worker.main``, with its settings in the environment."""
 
 import logging
 import os
 
-from adapters.jobs.claims import Claim
-from adapters.jobs.pipeline import Stage
-from adapters.worker.settings import WorkerSettings
-from adapters.worker.worker_process import run_worker
+from eda.adapters.jobs.claims import Claim
+from eda.adapters.jobs.pipeline import Stage
+from eda.adapters.worker.settings import WorkerSettings
+from eda.adapters.worker.worker_process import run_worker
 
 
 def run_training_worker(settings: WorkerSettings) -> None:
-    """``run_worker`` with the stages of ``adapters.worker.stages``."""
+    """``run_worker`` with the stages of ``eda.adapters.worker.stages``."""
 
     def make_stages(claim: Claim) -> tuple[Stage, ...]:
         # torch comes with it: seconds and memory, which a worker without a job does not need
-        from adapters.worker.stages import stages_for_claim
+        from eda.adapters.worker.stages import stages_for_claim
 
         return stages_for_claim(settings, claim)
 

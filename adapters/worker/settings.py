@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from adapters.database import Database, sqlite_url
-from adapters.errors import InvalidInputError
-from adapters.jobs.claims import DEFAULT_LEASE_SECONDS
-from adapters.worker.process import Scheduling
+from eda.adapters.database import Database, sqlite_url
+from eda.adapters.errors import InvalidInputError
+from eda.adapters.jobs.claims import DEFAULT_LEASE_SECONDS
+from eda.adapters.worker.process import Scheduling
 
 SETTINGS_VARIABLE = "EDA_WORKER_SETTINGS"
 DATABASE_FILE = "eda.sqlite3"

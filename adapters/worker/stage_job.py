@@ -8,13 +8,13 @@ from typing import Self, TypeVar
 
 import torch
 
-from adapters.errors import JobInterruptedError
-from adapters.jobs.pipeline import StageContext
-from adapters.jobs.spec import DRAFT_ROOM, AdaptationSpec
-from adapters.jobs.workspaces import PROMPTS_FILE
-from adapters.store.store import AdapterStore
-from adapters.templates.renderer import TemplateRenderer
-from adapters.worker.recorded_prompts import recorded_prompts, usable_records
+from eda.adapters.errors import JobInterruptedError
+from eda.adapters.jobs.pipeline import StageContext
+from eda.adapters.jobs.spec import DRAFT_ROOM, AdaptationSpec
+from eda.adapters.jobs.workspaces import PROMPTS_FILE
+from eda.adapters.store.store import AdapterStore
+from eda.adapters.templates.renderer import TemplateRenderer
+from eda.adapters.worker.recorded_prompts import recorded_prompts, usable_records
 from eda.backends.loading import load_fine_tune, load_target
 from eda.decoder import SpeculativeDecoder
 from eda.errors import DataError, MismatchError

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from adapters.errors import AdapterServiceError
-from adapters.jobs.claims import Claim
-from adapters.jobs.pipeline import Result, Stage, StageContext
-from adapters.serving.model_loader import load_private_module
-from adapters.store.manifest import Manifest
-from adapters.store.store import AdapterStore
-from adapters.worker.settings import WorkerSettings
-from adapters.worker.stage_job import StageJob, StageModels
+from eda.adapters.errors import AdapterServiceError
+from eda.adapters.jobs.claims import Claim
+from eda.adapters.jobs.pipeline import Result, Stage, StageContext
+from eda.adapters.serving.model_loader import load_private_module
+from eda.adapters.store.manifest import Manifest
+from eda.adapters.store.store import AdapterStore
+from eda.adapters.worker.settings import WorkerSettings
+from eda.adapters.worker.stage_job import StageJob, StageModels
 from eda.decoder import SpeculativeDecoder
 from eda.errors import DataError
 from eda.files import PRIVATE_WEIGHTS_FILE

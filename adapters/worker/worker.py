@@ -11,13 +11,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from adapters.database import Database
-from adapters.errors import AdapterServiceError, ClaimLostError, JobInterruptedError
-from adapters.jobs.claims import DEFAULT_LEASE_SECONDS, Claim, Outcome, take_job
-from adapters.jobs.pipeline import ProgressEstimator, Stage, StageEvent, run_adaptation
-from adapters.jobs.workspaces import Workspaces
-from adapters.store.files import MIB
-from adapters.worker.process import identity, resident_bytes
+from eda.adapters.database import Database
+from eda.adapters.errors import AdapterServiceError, ClaimLostError, JobInterruptedError
+from eda.adapters.jobs.claims import DEFAULT_LEASE_SECONDS, Claim, Outcome, take_job
+from eda.adapters.jobs.pipeline import ProgressEstimator, Stage, StageEvent, run_adaptation
+from eda.adapters.jobs.workspaces import Workspaces
+from eda.adapters.store.files import MIB
+from eda.adapters.worker.process import identity, resident_bytes
 from eda.errors import CheckpointError, DataError
 
 logger = logging.getLogger(__name__)

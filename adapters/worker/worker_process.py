@@ -8,12 +8,12 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from adapters.jobs.workspaces import Workspaces
-from adapters.private_files import private_directory
-from adapters.store.store import AdapterStore
-from adapters.worker.process import run_gently
-from adapters.worker.settings import WorkerSettings
-from adapters.worker.worker import StagesFactory, Worker
+from eda.adapters.jobs.workspaces import Workspaces
+from eda.adapters.private_files import private_directory
+from eda.adapters.store.store import AdapterStore
+from eda.adapters.worker.process import run_gently
+from eda.adapters.worker.settings import WorkerSettings
+from eda.adapters.worker.worker import StagesFactory, Worker
 
 _GRACE_SECONDS = 6.0
 """Less than a supervisor waits before it kills."""

@@ -7,15 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from adapters.errors import AdapterServiceError, InvalidInputError, JobInterruptedError
-from adapters.jobs.pipeline import AdaptationResult, StageEvent, run_adaptation
-from adapters.jobs.spec import AdaptationSpec, DataSpec, TargetKind, TrainingOptions
-from adapters.store.names import check_name
+from eda.adapters.errors import AdapterServiceError, InvalidInputError, JobInterruptedError
+from eda.adapters.jobs.pipeline import AdaptationResult, StageEvent, run_adaptation
+from eda.adapters.jobs.spec import AdaptationSpec, DataSpec, TargetKind, TrainingOptions
+from eda.adapters.store.names import check_name
 from eda.errors import EdaError
+from eda.server.commands.options import options_of, with_options
 from eda.training.data.prompts import Prompt, read_prompts
 from eda.training.data.scores import DEFAULT_SCORE, SCORES
 from eda.training.files import hash_of_json, write_bytes_atomically
-from server.commands.options import options_of, with_options
 
 WORK_DIRECTORY = ".adapt"
 """Below the store; its names begin with a dot, so it is no adapter."""
@@ -59,11 +59,11 @@ def adapt(
     """
     import torch
 
-    from adapters.jobs.workspaces import PROMPTS_FILE
-    from adapters.store.store import AdapterStore
-    from adapters.worker.stage_job import StageJob, StageModels
-    from adapters.worker.stages import stages_of
-    from server.commands.progress_bars import progress_bars, stop_on_interrupt
+    from eda.adapters.jobs.workspaces import PROMPTS_FILE
+    from eda.adapters.store.store import AdapterStore
+    from eda.adapters.worker.stage_job import StageJob, StageModels
+    from eda.adapters.worker.stages import stages_of
+    from eda.server.commands.progress_bars import progress_bars, stop_on_interrupt
 
     if num_threads is not None:
         torch.set_num_threads(num_threads)

@@ -2,7 +2,7 @@
 
 import typer
 
-from server.commands import bench_adaptation, bench_calibrate, bench_serve
+from eda.server.commands import bench_adaptation, bench_calibrate, bench_serve
 
 app = typer.Typer(help="Measure a server, or this machine.", no_args_is_help=True)
 app.command("serve")(bench_serve.bench_serve)

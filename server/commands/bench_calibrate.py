@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from eda.errors import EdaError
-from server.bundled_prompts import bundled_prompts
-from server.settings import ConfigurationError, load_settings
+from eda.server.bundled_prompts import bundled_prompts
+from eda.server.settings import ConfigurationError, load_settings
 
 
 def calibrate(
@@ -41,16 +41,16 @@ def calibrate(
     """
     from rich.console import Console
 
-    from server.calibration import (
+    from eda.server.calibration import (
         CalibrationPlan,
         Measurement,
         best_levels,
         calibrate_decoder,
         calibration_view,
     )
-    from server.engine.speculation import SpeculationTable
-    from server.load_generator import LoadError, read_prompts
-    from server.single_model import load_model, prompt_ids
+    from eda.server.engine.speculation import SpeculationTable
+    from eda.server.load_generator import LoadError, read_prompts
+    from eda.server.single_model import load_model, prompt_ids
 
     def report(measurement: Measurement) -> None:
         typer.echo(json.dumps(measurement.as_dict()), err=True)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from server.bundled_prompts import bundled_prompts
-from server.settings import ConfigurationError
+from eda.server.bundled_prompts import bundled_prompts
+from eda.server.settings import ConfigurationError
 
 TABLE_WIDTH = 110
 DRAFTS = ("none", "shared", "private")
@@ -39,8 +39,8 @@ def bench_serve(
     """
     from rich.console import Console
 
-    from server.load_generator import LoadError, LoadRequest, read_prompts
-    from server.load_report import load_table, measure_server, with_ratios
+    from eda.server.load_generator import LoadError, LoadRequest, read_prompts
+    from eda.server.load_report import load_table, measure_server, with_ratios
 
     try:
         drafts = _draft_modes(draft)

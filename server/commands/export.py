@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from adapters.errors import AdapterServiceError, InvalidInputError, UnknownVersionError
+from eda.adapters.errors import AdapterServiceError, InvalidInputError, UnknownVersionError
 from eda.errors import EdaError
 
 
@@ -38,9 +38,9 @@ def export(
     """
     import torch
 
-    from adapters.serving.model_loader import ModelLoader
-    from adapters.store.export import EXPORT_TYPES, ExportType, export_draft
-    from adapters.store.store import AdapterStore
+    from eda.adapters.serving.model_loader import ModelLoader
+    from eda.adapters.store.export import EXPORT_TYPES, ExportType, export_draft
+    from eda.adapters.store.store import AdapterStore
     from eda.backends.loading import load_target
     from eda.models.draft import DraftModel
 

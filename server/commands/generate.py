@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from eda.errors import EdaError
-from server.settings import ConfigurationError, load_settings
+from eda.server.settings import ConfigurationError, load_settings
 
 if TYPE_CHECKING:
     from eda.generation import Generation
@@ -55,8 +55,8 @@ def generate(
     from eda.formats.chat_template import ChatTemplateError
     from eda.generation import GenerationRequest
     from eda.sampling.draws import SamplingParams
+    from eda.server.single_model import load_model, prompt_ids, run_generation, used_draft
     from eda.speculation.kinds import Chain, Off, Tree
-    from server.single_model import load_model, prompt_ids, run_generation, used_draft
 
     try:
         settings = load_settings(

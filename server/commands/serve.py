@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from server.commands.options import options_of, with_options
-from server.model_paths import check_models, model_paths
-from server.settings import ConfigurationError, Settings, load_settings
+from eda.server.commands.options import options_of, with_options
+from eda.server.model_paths import check_models, model_paths
+from eda.server.settings import ConfigurationError, Settings, load_settings
 
 if TYPE_CHECKING:  # they import torch, which takes seconds: files are checked first
     pass
@@ -63,8 +63,8 @@ def serve(
         check_models(model_paths(settings))  # what is wrong is told before anything is started
     except ConfigurationError as error:
         raise _refusal(error) from error
-    from server.graceful_server import run
-    from server.logs import configure_logs
+    from eda.server.graceful_server import run
+    from eda.server.logs import configure_logs
 
     configure_logs(settings)
     raise typer.Exit(run(settings))

@@ -8,9 +8,9 @@ import typer
 
 from eda.backends.loading import load_target
 from eda.errors import EdaError
+from eda.server.settings import ConfigurationError
 from eda.training.data.prompts import ChatFormat, Prompt, read_prompts, read_texts
 from eda.training.progress import ProgressEvent, StageStoppedError
-from server.settings import ConfigurationError
 
 
 class Loss(StrEnum):
@@ -72,12 +72,12 @@ def train_draft(
     """
     import torch
 
+    from eda.server.commands.progress_bars import progress_bars, stop_on_interrupt
+    from eda.server.models import choose_device
     from eda.training.data.regenerate import RegenerationConfig
     from eda.training.learning.stopwatch import in_words
     from eda.training.learning.trainer import TrainingConfig
     from eda.training.shared_draft import SharedDraftConfig, train_shared_draft
-    from server.commands.progress_bars import progress_bars, stop_on_interrupt
-    from server.models import choose_device
 
     config = SharedDraftConfig(
         draft_vocab_size=draft_vocab_size,

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from server.commands.options import options_of, with_options
-from server.model_paths import model_paths
-from server.settings import ConfigurationError, Settings, load_settings
+from eda.server.commands.options import options_of, with_options
+from eda.server.model_paths import model_paths
+from eda.server.settings import ConfigurationError, Settings, load_settings
 
 OPTIONS = {
     "models_dir": "models_dir",
@@ -41,8 +41,8 @@ def worker(
     except ConfigurationError as error:
         typer.echo(f"eda worker: {error}", err=True)
         raise typer.Exit(2) from error
-    from adapters.worker.main import run_training_worker
-    from server.worker_settings import worker_settings
+    from eda.adapters.worker.main import run_training_worker
+    from eda.server.worker_settings import worker_settings
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s")
     run_training_worker(worker_settings(settings, paths, paths.draft, supervised=False))

@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Self
 
+from eda.server.engine.engine import Engine, EngineHooks, EngineStoppedError, Output
+from eda.server.engine.scheduler import Decoder, Scheduler, SchedulerLimits
+from eda.server.engine.sequence import DraftMode, Sequence, SequenceDelta, StepStats
+from eda.server.engine.speculation import SpeculationPolicy
 from eda.speculation.kinds import Off, Speculation
-from server.engine.engine import Engine, EngineHooks, EngineStoppedError, Output
-from server.engine.scheduler import Decoder, Scheduler, SchedulerLimits
-from server.engine.sequence import DraftMode, Sequence, SequenceDelta, StepStats
-from server.engine.speculation import SpeculationPolicy
 
 
 class OutputStream:

@@ -17,10 +17,10 @@ import torch
 
 from eda.decoder import ScheduledRow, StepResult
 from eda.errors import NonFiniteLogitsError
-from server.engine.scheduler import Decoder, Scheduler
-from server.engine.sequence import Sequence, SequenceDelta, StepStats
-from server.engine.speculation import SpeculationPolicy
-from server.engine.stopping import FinishReason
+from eda.server.engine.scheduler import Decoder, Scheduler
+from eda.server.engine.sequence import Sequence, SequenceDelta, StepStats
+from eda.server.engine.speculation import SpeculationPolicy
+from eda.server.engine.stopping import FinishReason
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from eda.decoder import ScheduledRow, SequenceState, StepResult
-from server.engine.sequence import Sequence, SequenceStatus
-from server.engine.speculation import SpeculationPolicy
-from server.engine.stopping import FinishReason
+from eda.server.engine.sequence import Sequence, SequenceStatus
+from eda.server.engine.speculation import SpeculationPolicy
+from eda.server.engine.stopping import FinishReason
 
 
 class Decoder(Protocol):

@@ -7,8 +7,8 @@ from enum import StrEnum
 from typing import Literal
 
 from eda.decoder import SequenceState, StepResult
+from eda.server.engine.stopping import FinishReason, StopChecker
 from eda.speculation.verification import TokenLogprobs
-from server.engine.stopping import FinishReason, StopChecker
 
 DraftMode = Literal["private", "shared", "none"]
 

@@ -14,8 +14,8 @@ from typing import Any, Literal, Self
 
 from eda.backends.base import BackendName
 from eda.formats.json_files import read_json
+from eda.server.engine.sequence import SequenceLabels, StepStats
 from eda.speculation.kinds import Chain, Off, Speculation, Tree
-from server.engine.sequence import SequenceLabels, StepStats
 
 ADAPTERS_TRACKED = 1024
 """Label sets, greedy and sampled apart, whose acceptance is remembered; the longest unused is forgotten first."""

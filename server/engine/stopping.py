@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import compress
 
-from server.engine.detokenizer import IncrementalDetokenizer
+from eda.server.engine.detokenizer import IncrementalDetokenizer
 
 
 class FinishReason(StrEnum):

@@ -9,12 +9,12 @@ from fastapi import APIRouter, Depends, File, Form, Header, Response, UploadFile
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ValidationError
 
-from adapters.errors import ConflictError, InvalidInputError
-from adapters.service import AdapterService, Submission
-from adapters.submission import DataSource, TargetSource
-from server.adapter_errors import AdapterRoute, ResourceNotFoundError
-from server.bodies import check_json
-from server.schemas.adapters import (
+from eda.adapters.errors import ConflictError, InvalidInputError
+from eda.adapters.service import AdapterService, Submission
+from eda.adapters.submission import DataSource, TargetSource
+from eda.server.adapter_errors import AdapterRoute, ResourceNotFoundError
+from eda.server.bodies import check_json
+from eda.server.schemas.adapters import (
     ActivateRequest,
     AdaptBody,
     AdapterBody,
@@ -31,8 +31,8 @@ from server.schemas.adapters import (
     SubmissionBody,
     UnloadLoraRequest,
 )
-from server.services import Services, services_of
-from server.validation import from_problems
+from eda.server.services import Services, services_of
+from eda.server.validation import from_problems
 
 router = APIRouter(tags=["adapters"], route_class=AdapterRoute)
 

@@ -9,12 +9,12 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 
 from eda.formats.tokenizer import TextTokenizer
-from server.auth import check_priority
-from server.engine.sequence import SequenceDelta
-from server.preparation import PreparedRequest, acquire, build, chat_prompt, max_model_len_of
-from server.rendering import Collected, chat_logprobs, finish_reason_name, metrics_of, usage_of
-from server.schemas.generation import ChatCompletionRequest
-from server.schemas.responses import (
+from eda.server.auth import check_priority
+from eda.server.engine.sequence import SequenceDelta
+from eda.server.preparation import PreparedRequest, acquire, build, chat_prompt, max_model_len_of
+from eda.server.rendering import Collected, chat_logprobs, finish_reason_name, metrics_of, usage_of
+from eda.server.schemas.generation import ChatCompletionRequest
+from eda.server.schemas.responses import (
     ChatChoice,
     ChatChunkChoice,
     ChatCompletionChunk,
@@ -22,8 +22,8 @@ from server.schemas.responses import (
     ChatDelta,
     ChatResponseMessage,
 )
-from server.services import Services, services_of
-from server.streaming import Renderer, respond
+from eda.server.services import Services, services_of
+from eda.server.streaming import Renderer, respond
 
 router = APIRouter(tags=["openai"])
 

@@ -8,14 +8,14 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from eda.formats.tokenizer import TextTokenizer
-from server.auth import check_priority
-from server.engine.sequence import SequenceDelta
-from server.preparation import PreparedRequest, acquire, build, completion_prompts, max_model_len_of
-from server.rendering import Collected, completion_logprobs, finish_reason_name, metrics_of, usage_of
-from server.schemas.generation import CompletionRequest
-from server.schemas.responses import CompletionChoice, CompletionResponse
-from server.services import Services, services_of
-from server.streaming import Renderer, respond
+from eda.server.auth import check_priority
+from eda.server.engine.sequence import SequenceDelta
+from eda.server.preparation import PreparedRequest, acquire, build, completion_prompts, max_model_len_of
+from eda.server.rendering import Collected, completion_logprobs, finish_reason_name, metrics_of, usage_of
+from eda.server.schemas.generation import CompletionRequest
+from eda.server.schemas.responses import CompletionChoice, CompletionResponse
+from eda.server.services import Services, services_of
+from eda.server.streaming import Renderer, respond
 
 router = APIRouter(tags=["openai"])
 

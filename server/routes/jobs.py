@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Response
 
-from adapters.jobs.queue import JobEvent, JobQueue
-from adapters.service import AdapterService
-from server.adapter_errors import AdapterRoute
-from server.routes.adapters import adapter_service
-from server.schemas.adapters import JobBody, JobListBody
-from server.services import Services, services_of
-from server.streaming import EventStream
+from eda.adapters.jobs.queue import JobEvent, JobQueue
+from eda.adapters.service import AdapterService
+from eda.server.adapter_errors import AdapterRoute
+from eda.server.routes.adapters import adapter_service
+from eda.server.schemas.adapters import JobBody, JobListBody
+from eda.server.services import Services, services_of
+from eda.server.streaming import EventStream
 
 router = APIRouter(tags=["jobs"], route_class=AdapterRoute)
 

@@ -4,10 +4,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends
 
-from adapters.errors import UnknownModelError
-from server.preparation import unknown_model
-from server.schemas.responses import ModelCard, ModelList
-from server.services import ModelRegistry, Services, services_of
+from eda.adapters.errors import UnknownModelError
+from eda.server.preparation import unknown_model
+from eda.server.schemas.responses import ModelCard, ModelList
+from eda.server.services import ModelRegistry, Services, services_of
 
 router = APIRouter(tags=["openai"])
 

@@ -7,13 +7,13 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 
-from server.errors import InvalidRequestError, UnavailableError
-from server.metrics import CONTENT_TYPE
-from server.preparation import chat_prompt, max_model_len_of, tokenize, tokenizer_named
-from server.schemas.generation import DetokenizeRequest, TokenizeRequest
-from server.schemas.responses import DetokenizeResponse, HealthResponse, TokenizeResponse, VersionResponse
-from server.services import Services, services_of
-from server.streaming import json_response
+from eda.server.errors import InvalidRequestError, UnavailableError
+from eda.server.metrics import CONTENT_TYPE
+from eda.server.preparation import chat_prompt, max_model_len_of, tokenize, tokenizer_named
+from eda.server.schemas.generation import DetokenizeRequest, TokenizeRequest
+from eda.server.schemas.responses import DetokenizeResponse, HealthResponse, TokenizeResponse, VersionResponse
+from eda.server.services import Services, services_of
+from eda.server.streaming import json_response
 
 router = APIRouter(tags=["operations"])
 TOKENS_INLINE = 8_192

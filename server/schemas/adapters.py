@@ -4,12 +4,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field
 
-from adapters.jobs.queue import Job, JobEvent
-from adapters.jobs.spec import DEFAULT_MARGIN, TrainingOptions
-from adapters.service import AdapterState, VersionState
-from adapters.serving.guard import LiveAcceptance
-from adapters.submission import MAX_SELF_PROMPTS, MIN_PROMPTS, AdaptationOptions, DataSource, TargetSource
-from server.schemas.generation import RequestModel
+from eda.adapters.jobs.queue import Job, JobEvent
+from eda.adapters.jobs.spec import DEFAULT_MARGIN, TrainingOptions
+from eda.adapters.service import AdapterState, VersionState
+from eda.adapters.serving.guard import LiveAcceptance
+from eda.adapters.submission import MAX_SELF_PROMPTS, MIN_PROMPTS, AdaptationOptions, DataSource, TargetSource
+from eda.server.schemas.generation import RequestModel
 
 Name = Annotated[str, Field(min_length=1, max_length=64, description="letters, digits and . _ -")]
 Path = Annotated[str, Field(min_length=1, max_length=4096)]

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, model_validator
 from pydantic.fields import FieldInfo
 
-from server.validation import ParameterError
+from eda.server.validation import ParameterError
 
 Text = Annotated[str, Field(max_length=2**31 - 1)]
 """Any text. The limit is no limit: with one, half of a surrogate pair, which JSON can spell, is refused."""

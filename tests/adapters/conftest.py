@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.database import Database
+from eda.adapters.database import Database
 from tests.adapters.databases import BACKENDS, new_database
 from tests.adapters.helpers import Service
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, make_url, text
 
-from adapters.database import Database, sqlite_url
+from eda.adapters.database import Database, sqlite_url
 
 BACKENDS = ("sqlite", "postgresql")
 VARIABLE = "EDA_TEST_POSTGRES_URL"

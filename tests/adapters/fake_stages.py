@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from adapters.jobs.claims import Claim
-from adapters.jobs.pipeline import Result, Stage, StageContext
-from adapters.store.manifest import Manifest
-from adapters.store.store import AdapterStore
-from adapters.worker.settings import WorkerSettings
-from adapters.worker.worker_process import run_worker
+from eda.adapters.jobs.claims import Claim
+from eda.adapters.jobs.pipeline import Result, Stage, StageContext
+from eda.adapters.store.manifest import Manifest
+from eda.adapters.store.store import AdapterStore
+from eda.adapters.worker.settings import WorkerSettings
+from eda.adapters.worker.worker_process import run_worker
 from eda.files import PRIVATE_WEIGHTS_FILE
 
 HIDDEN_SIZE = 8

@@ -8,15 +8,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from adapters.database import Database
-from adapters.jobs.claims import Claim
-from adapters.jobs.queue import Job, JobQueue, new_job_id
-from adapters.jobs.spec import AdaptationSpec, DataSpec
-from adapters.jobs.workspaces import Workspaces
-from adapters.serving.catalog import Catalog, CatalogEntry, new_entry
-from adapters.store.store import AdapterStore
-from adapters.worker.settings import WorkerSettings
-from adapters.worker.worker import Worker
+from eda.adapters.database import Database
+from eda.adapters.jobs.claims import Claim
+from eda.adapters.jobs.queue import Job, JobQueue, new_job_id
+from eda.adapters.jobs.spec import AdaptationSpec, DataSpec
+from eda.adapters.jobs.workspaces import Workspaces
+from eda.adapters.serving.catalog import Catalog, CatalogEntry, new_entry
+from eda.adapters.store.store import AdapterStore
+from eda.adapters.worker.settings import WorkerSettings
+from eda.adapters.worker.worker import Worker
 from tests.adapters.databases import url_of
 from tests.adapters.fake_stages import FakeWork, fake_stages, work
 

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import select
 
-from adapters.database import Database, jobs
-from adapters.errors import (
+from eda.adapters.database import Database, jobs
+from eda.adapters.errors import (
     ClaimLostError,
     ConflictError,
     InvalidInputError,
@@ -16,10 +16,10 @@ from adapters.errors import (
     UnknownJobError,
     UnknownModelError,
 )
-from adapters.jobs.claims import Claim, take_job
-from adapters.jobs.queue import Job, new_job_id
-from adapters.jobs.spec import AdaptationSpec, DataSpec
-from adapters.worker.process import identity
+from eda.adapters.jobs.claims import Claim, take_job
+from eda.adapters.jobs.queue import Job, new_job_id
+from eda.adapters.jobs.spec import AdaptationSpec, DataSpec
+from eda.adapters.worker.process import identity
 from tests.adapters.helpers import Service
 
 NUM_THREADS = 8

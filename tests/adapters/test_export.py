@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from adapters.errors import ConflictError, InvalidInputError
-from adapters.store.export import export_draft
+from eda.adapters.errors import ConflictError, InvalidInputError
+from eda.adapters.store.export import export_draft
 from eda.models.attention import AttentionRow, PackedBatch
 from eda.models.draft import DraftModel
 from eda.models.private import PrivateConfig, PrivateModule, PrivateSegment
@@ -201,7 +201,7 @@ def test_refusals_leave_nothing_behind(
     def fail(*_: object, **__: object) -> None:
         raise OSError("no space")
 
-    monkeypatch.setattr("adapters.store.export.save_file", fail)
+    monkeypatch.setattr("eda.adapters.store.export.save_file", fail)
     with pytest.raises(OSError, match="no space"):
         export_draft(tmp_path / "new", draft, base)
     assert [path.name for path in tmp_path.iterdir() if path.name != "there"] == []

@@ -15,16 +15,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from adapters.serving.model_loader import ModelLoader
-from adapters.store.store import AdapterStore
+from eda.adapters.serving.model_loader import ModelLoader
+from eda.adapters.store.store import AdapterStore
 from eda.backends.loading import load_target
 from eda.decoder import ScheduledRow, SequenceState, SpeculativeDecoder
 from eda.formats.tokenizer_files import load_tokenizer
 from eda.models.draft import DraftModel
 from eda.sampling.params import SamplingParams
+from eda.server.cli import app
+from eda.server.settings import BUNDLED_MODELS as MODELS
 from eda.speculation.kinds import Chain
-from server.cli import app
-from server.settings import BUNDLED_MODELS as MODELS
 
 VARIABLE = "EDA_TEST_VLLM_PYTHON"
 NUM_TOKENS, NUM_DRAFT_TOKENS = 48, 5

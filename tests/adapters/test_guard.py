@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from adapters.serving.guard import Guard, GuardSettings, RollingAcceptance
-from adapters.serving.traffic import TrafficRecord, TrafficRecorder
+from eda.adapters.serving.guard import Guard, GuardSettings, RollingAcceptance
+from eda.adapters.serving.traffic import TrafficRecord, TrafficRecorder
 
 
 class Clock:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.errors import JobInterruptedError
+from eda.adapters.errors import JobInterruptedError
 from eda.errors import DataError
 from eda.formats.tokenizer_files import load_tokenizer
 from eda.training.data.samples import read_samples

@@ -8,18 +8,18 @@ from collections.abc import Callable
 import pytest
 from sqlalchemy import update
 
-from adapters.database import jobs
-from adapters.errors import (
+from eda.adapters.database import jobs
+from eda.adapters.errors import (
     ClaimLostError,
     ConflictError,
     JobInterruptedError,
     QueueFullError,
     UnknownJobError,
 )
-from adapters.jobs.claims import Claim, Outcome, take_job
-from adapters.jobs.pipeline import Result, Stage, StageContext
-from adapters.worker import process
-from adapters.worker.process import identity
+from eda.adapters.jobs.claims import Claim, Outcome, take_job
+from eda.adapters.jobs.pipeline import Result, Stage, StageContext
+from eda.adapters.worker import process
+from eda.adapters.worker.process import identity
 from tests.adapters.fake_stages import (
     STAGE_NAMES,
     FakeRegenerate,
@@ -50,7 +50,7 @@ def test_shown_progress_never_falls_whatever_stages_report(
     setup: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also over a worker's death in the middle of a stage, after which the stage begins anew."""
-    monkeypatch.setattr("adapters.worker.worker._SECONDS_BETWEEN_REPORTS", 0.0)
+    monkeypatch.setattr("eda.adapters.worker.worker._SECONDS_BETWEEN_REPORTS", 0.0)
     shown: list[float] = []
     original = Claim.progress
 

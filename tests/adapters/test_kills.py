@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import update
 
-from adapters.database import Database, jobs
-from adapters.jobs.pipeline import Result, StageContext
-from adapters.store.store import AdapterStore
+from eda.adapters.database import Database, jobs
+from eda.adapters.jobs.pipeline import Result, StageContext
+from eda.adapters.store.store import AdapterStore
 from tests.adapters.fake_stages import (
     STAGE_NAMES,
     FakePublish,
@@ -144,7 +144,7 @@ def test_the_next_worker_removes_what_a_killed_one_was_writing(setup: Service) -
         setup.database.engine.dispose(close=False)  # connections are not shared with the parent
         store = AdapterStore(setup.store.root)
         patch = pytest.MonkeyPatch()
-        patch.setattr("adapters.store.store.sync_tree", die_while_writing)
+        patch.setattr("eda.adapters.store.store.sync_tree", die_while_writing)
         setup.worker(
             lambda claim: fake_stages(FakeWork(store, claim, steps=1, step_seconds=0)), lease_seconds=0.1
         ).run_one()

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from adapters.errors import JobInterruptedError
-from adapters.jobs.pipeline import ProgressEstimator, Result, StageContext
-from adapters.worker.stages import STAGES, Publish, TrainingStage
+from eda.adapters.errors import JobInterruptedError
+from eda.adapters.jobs.pipeline import ProgressEstimator, Result, StageContext
+from eda.adapters.worker.stages import STAGES, Publish, TrainingStage
 from eda.training.data.samples import read_samples
 from tests.adapters.fake_stages import FAKES, STAGE_NAMES, FakeStage, FakeWork, fake_stages
 from tests.adapters.helpers import Service

@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from adapters.worker import process
-from adapters.worker.process import SLEEPING_OPENMP, Scheduling
-from adapters.worker.settings import WorkerSettings
-from server.worker_supervisor import WorkerSupervisor
+from eda.adapters.worker import process
+from eda.adapters.worker.process import SLEEPING_OPENMP, Scheduling
+from eda.adapters.worker.settings import WorkerSettings
+from eda.server.worker_supervisor import WorkerSupervisor
 from tests.adapters.helpers import FAKE_WORKER, wait_for
 
 linux = pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="no scheduling policies here")
@@ -63,7 +63,7 @@ def test_openmp_does_not_spin_in_a_worker(tmp_path: Path, monkeypatch: pytest.Mo
 
 REFUSED = """
 import logging, os
-from adapters.worker import process
+from eda.adapters.worker import process
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 def refuse(*_):
     raise PermissionError(1, "Operation not permitted")
@@ -95,7 +95,7 @@ def test_a_system_without_policies(monkeypatch: pytest.MonkeyPatch, caplog: pyte
         monkeypatch.delattr(process.os, name, raising=False)
     monkeypatch.setattr(process.os, "setpriority", lambda *_: None)
     monkeypatch.setattr(process.psutil.Process, "ionice", lambda *_: None, raising=False)
-    with caplog.at_level(logging.INFO, logger="adapters.worker.process"):
+    with caplog.at_level(logging.INFO, logger="eda.adapters.worker.process"):
         process.run_gently(5, "idle")
     assert len(caplog.records) == 1
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from adapters.database import Database, sqlite_url
-from adapters.private_files import private_directory, private_file
+from eda.adapters.database import Database, sqlite_url
+from eda.adapters.private_files import private_directory, private_file
 
 
 @pytest.fixture(params=[0o000, 0o022], ids=oct, autouse=True)

@@ -10,16 +10,16 @@ import pytest
 import torch
 from sqlalchemy import update
 
-from adapters.database import jobs
-from adapters.jobs.claims import Claim
-from adapters.jobs.pipeline import Stage
-from adapters.jobs.queue import new_job_id
-from adapters.jobs.spec import AdaptationSpec, DataSpec, TrainingOptions
-from adapters.serving.catalog import new_entry
-from adapters.worker.settings import WorkerSettings
-from adapters.worker.stage_job import AdaptationDefaults, StageJob, StageModels
-from adapters.worker.stages import stages_of
-from adapters.worker.worker_process import run_worker
+from eda.adapters.database import jobs
+from eda.adapters.jobs.claims import Claim
+from eda.adapters.jobs.pipeline import Stage
+from eda.adapters.jobs.queue import new_job_id
+from eda.adapters.jobs.spec import AdaptationSpec, DataSpec, TrainingOptions
+from eda.adapters.serving.catalog import new_entry
+from eda.adapters.worker.settings import WorkerSettings
+from eda.adapters.worker.stage_job import AdaptationDefaults, StageJob, StageModels
+from eda.adapters.worker.stages import stages_of
+from eda.adapters.worker.worker_process import run_worker
 from eda.backends.loading import load_fine_tune, load_target
 from tests.adapters.helpers import Service, wait_for, warm_processes
 from tests.support.family import save_family

@@ -2,7 +2,7 @@
 
 import pytest
 
-from adapters.worker.recorded_prompts import recorded_prompts, usable_records
+from eda.adapters.worker.recorded_prompts import recorded_prompts, usable_records
 from eda.errors import DataError
 from eda.training.data.samples import Sample
 

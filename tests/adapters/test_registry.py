@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters.database import Database
-from adapters.errors import ConflictError, CorruptVersionError, UnknownModelError, UnknownVersionError
-from adapters.serving.catalog import Catalog, new_entry
-from adapters.serving.guard import Guard, GuardSettings, Verdict
-from adapters.serving.model_loader import ModelLoader
-from adapters.serving.registry import AdapterRegistry
-from adapters.serving.watcher import RegistryWatcher
-from adapters.store.manifest import Manifest
-from adapters.store.store import AdapterStore
+from eda.adapters.database import Database
+from eda.adapters.errors import ConflictError, CorruptVersionError, UnknownModelError, UnknownVersionError
+from eda.adapters.serving.catalog import Catalog, new_entry
+from eda.adapters.serving.guard import Guard, GuardSettings, Verdict
+from eda.adapters.serving.model_loader import ModelLoader
+from eda.adapters.serving.registry import AdapterRegistry
+from eda.adapters.serving.watcher import RegistryWatcher
+from eda.adapters.store.manifest import Manifest
+from eda.adapters.store.store import AdapterStore
 from eda.models.private import PrivateModule
 from tests.adapters.helpers import wait_for
 from tests.support.reference_family import Family, make_family

@@ -16,26 +16,26 @@ from typing import Any
 import pytest
 import torch
 
-from adapters.database import Database
-from adapters.errors import (
+from eda.adapters.database import Database
+from eda.adapters.errors import (
     ConflictError,
     InvalidInputError,
     StorageFullError,
     TooLargeError,
     UnknownModelError,
 )
-from adapters.jobs.queue import Job, JobQueue
-from adapters.jobs.spec import TrainingOptions
-from adapters.jobs.workspaces import Workspaces
-from adapters.service import AdapterService, ServiceSettings
-from adapters.serving.catalog import Catalog
-from adapters.serving.guard import Guard, GuardSettings
-from adapters.serving.model_loader import ModelLoader
-from adapters.serving.registry import AdapterRegistry
-from adapters.serving.traffic import TrafficRecorder
-from adapters.store.names import AllowedRoots
-from adapters.store.store import AdapterStore
-from adapters.submission import AdaptationOptions, DataLimits, DataSource, TargetSource
+from eda.adapters.jobs.queue import Job, JobQueue
+from eda.adapters.jobs.spec import TrainingOptions
+from eda.adapters.jobs.workspaces import Workspaces
+from eda.adapters.service import AdapterService, ServiceSettings
+from eda.adapters.serving.catalog import Catalog
+from eda.adapters.serving.guard import Guard, GuardSettings
+from eda.adapters.serving.model_loader import ModelLoader
+from eda.adapters.serving.registry import AdapterRegistry
+from eda.adapters.serving.traffic import TrafficRecorder
+from eda.adapters.store.names import AllowedRoots
+from eda.adapters.store.store import AdapterStore
+from eda.adapters.submission import AdaptationOptions, DataLimits, DataSource, TargetSource
 from eda.backends.loading import load_target
 from eda.models.draft import DraftModel
 from eda.models.target import TargetModel

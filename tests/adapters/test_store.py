@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.errors import CorruptVersionError, InvalidInputError, StorageFullError, UnknownVersionError
-from adapters.store.files import locked_or_raise, require_free_space, write_json_atomically
-from adapters.store.manifest import Manifest
-from adapters.store.names import AllowedRoots, check_hub_id, check_name
-from adapters.store.store import AdapterStore
-from adapters.store.tensors import read_header
+from eda.adapters.errors import CorruptVersionError, InvalidInputError, StorageFullError, UnknownVersionError
+from eda.adapters.store.files import locked_or_raise, require_free_space, write_json_atomically
+from eda.adapters.store.manifest import Manifest
+from eda.adapters.store.names import AllowedRoots, check_hub_id, check_name
+from eda.adapters.store.store import AdapterStore
+from eda.adapters.store.tensors import read_header
 from tests.adapters.fake_stages import manifest_for, write_weights
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from adapters.templates.renderer import MAX_PROCESSES, TemplateRenderer
+from eda.adapters.templates.renderer import MAX_PROCESSES, TemplateRenderer
 from eda.formats.chat_template import MAX_SOURCE_CHARS, ChatTemplate, ChatTemplateError
 
 GOOD = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -107,7 +107,7 @@ def children() -> list[psutil.Process]:
     return [
         child
         for child in psutil.Process().children()
-        if child.status() != psutil.STATUS_ZOMBIE and "adapters.templates.worker" in child.cmdline()
+        if child.status() != psutil.STATUS_ZOMBIE and "eda.adapters.templates.worker" in child.cmdline()
     ]
 
 

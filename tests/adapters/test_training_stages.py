@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from adapters.errors import InvalidInputError, JobInterruptedError
-from adapters.jobs.pipeline import AdaptationResult, StageEvent, run_adaptation
-from adapters.jobs.spec import AdaptationSpec, DataKind, DataSpec, TargetKind, TrainingOptions
-from adapters.serving.model_loader import ModelLoader
-from adapters.serving.traffic import TrafficRecord, TrafficRecorder
-from adapters.store.store import AdapterStore
-from adapters.submission import AdaptationOptions
-from adapters.worker.stage_job import AdaptationDefaults, StageJob, StageModels
-from adapters.worker.stages import STAGES, TrainingStage
+from eda.adapters.errors import InvalidInputError, JobInterruptedError
+from eda.adapters.jobs.pipeline import AdaptationResult, StageEvent, run_adaptation
+from eda.adapters.jobs.spec import AdaptationSpec, DataKind, DataSpec, TargetKind, TrainingOptions
+from eda.adapters.serving.model_loader import ModelLoader
+from eda.adapters.serving.traffic import TrafficRecord, TrafficRecorder
+from eda.adapters.store.store import AdapterStore
+from eda.adapters.submission import AdaptationOptions
+from eda.adapters.worker.stage_job import AdaptationDefaults, StageJob, StageModels
+from eda.adapters.worker.stages import STAGES, TrainingStage
 from eda.backends.loading import load_fine_tune, load_target
 from eda.errors import DataError, MismatchError
 from eda.formats.fingerprint import fingerprint_directory

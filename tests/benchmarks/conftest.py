@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters.store.manifest import Manifest
-from adapters.store.store import AdapterStore
+from eda.adapters.store.manifest import Manifest
+from eda.adapters.store.store import AdapterStore
 from eda.backends.loading import load_fine_tune, load_target
 from eda.models.draft import DraftConfig, DraftModel
 from eda.models.private import PrivateModule

@@ -32,7 +32,7 @@ from benchmarks.peers.interface import (
     Prompt,
     require,
 )
-from server.engine.speculation import SpeculationLevel, SpeculationTable
+from eda.server.engine.speculation import SpeculationLevel, SpeculationTable
 from tests.support.tiny import tiny_target
 
 PROMPTS = [Prompt("math", [index, 7]) for index in range(8)]

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutations import damaged, mutated, written
 
-from adapters.errors import CorruptVersionError
-from adapters.serving.model_loader import load_private_module
-from adapters.store.manifest import MANIFEST_FILE, Manifest
+from eda.adapters.errors import CorruptVersionError
+from eda.adapters.serving.model_loader import load_private_module
+from eda.adapters.store.manifest import MANIFEST_FILE, Manifest
 from eda.backends.loading import load_fine_tune, load_target
 from eda.errors import CheckpointError, DataError, EdaError
 from eda.files import PRIVATE_WEIGHTS_FILE as PRIVATE_FILE
@@ -27,10 +27,10 @@ from eda.models.draft import DraftModel
 from eda.models.private import PrivateModule
 from eda.models.probe import require_usable
 from eda.models.target import FineTune, TargetModel
+from eda.server.engine.speculation import SpeculationTable, SpeculationTableError
+from eda.server.tokenizer import TextTokenizer
 from eda.training.data.prompts import ChatFormat, read_prompts, read_texts
 from eda.training.data.samples import read_samples
-from server.engine.speculation import SpeculationTable, SpeculationTableError
-from server.tokenizer import TextTokenizer
 from tests.support.reference_family import make_family
 from tests.support.tiny import tiny_lora, tiny_target, tiny_tokenizer
 

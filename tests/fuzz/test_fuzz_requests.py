@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutations import damaged, mutated, written
 
-from server.assembly import load_runtime
-from server.logs import configure_logs
-from server.services import Services
-from server.settings import Settings
+from eda.server.assembly import load_runtime
+from eda.server.logs import configure_logs
+from eda.server.services import Services
+from eda.server.settings import Settings
 from tests.server.serving import serve
 from tests.support.family import save_family
 

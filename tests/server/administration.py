@@ -6,13 +6,13 @@ from typing import Any
 
 import httpx
 
-from adapters.jobs.claims import Claim
-from adapters.jobs.pipeline import Result, Stage, StageContext
-from adapters.service import AdapterService
-from adapters.worker.worker import Worker
+from eda.adapters.jobs.claims import Claim
+from eda.adapters.jobs.pipeline import Result, Stage, StageContext
+from eda.adapters.service import AdapterService
+from eda.adapters.worker.worker import Worker
 from eda.files import PRIVATE_WEIGHTS_FILE
 from eda.models.private import PrivateModule
-from server.services import Services
+from eda.server.services import Services
 from tests.adapters.fake_stages import FakePublish, FakeTrain, FakeWork, fake_stages, manifest_for
 from tests.support.family import save_lora
 

@@ -7,8 +7,8 @@ import httpx
 import pytest
 
 from eda.backends.eager.drafter import ChainTreeDrafter
-from server.logs import configure_logs
-from server.settings import Settings
+from eda.server.logs import configure_logs
+from eda.server.settings import Settings
 from tests.server.serving import Parts, make_parts, serve
 from tests.support.backends import use_drafter
 from tests.support.family import Family, save_family

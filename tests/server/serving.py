@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 import httpx
 import uvicorn
 
-from adapters.errors import UnknownModelError
+from eda.adapters.errors import UnknownModelError
 from eda.decoder import SpeculativeDecoder
 from eda.models.private import PrivateModule
 from eda.models.target import FineTune
-from server.app import create_app
-from server.connections import ServerConfig
-from server.engine.async_engine import AsyncEngine
-from server.engine.scheduler import SchedulerLimits
-from server.engine.speculation import DraftCosts, SpeculationLevel, SpeculationPolicy, SpeculationTable
-from server.services import Runtime, Services
-from server.settings import Settings
+from eda.server.app import create_app
+from eda.server.connections import ServerConfig
+from eda.server.engine.async_engine import AsyncEngine
+from eda.server.engine.scheduler import SchedulerLimits
+from eda.server.engine.speculation import DraftCosts, SpeculationLevel, SpeculationPolicy, SpeculationTable
+from eda.server.services import Runtime, Services
+from eda.server.settings import Settings
 from tests.support.family import MAX_LENGTH, Family
 
 TABLE = SpeculationTable(

@@ -9,9 +9,9 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 
-from server.assembly import load_runtime
-from server.services import Services
-from server.settings import Settings
+from eda.server.assembly import load_runtime
+from eda.server.services import Services
+from eda.server.settings import Settings
 from tests.server.serving import serve
 from tests.server.test_fuzz import send_and_check
 

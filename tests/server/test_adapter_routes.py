@@ -12,11 +12,11 @@ import httpx
 import pytest
 from safetensors.torch import save_file
 
-from adapters.serving.guard import GuardSettings
-from adapters.serving.watcher import RegistryWatcher
-from server.assembly import load_runtime
-from server.services import Services
-from server.settings import Settings
+from eda.adapters.serving.guard import GuardSettings
+from eda.adapters.serving.watcher import RegistryWatcher
+from eda.server.assembly import load_runtime
+from eda.server.services import Services
+from eda.server.settings import Settings
 from tests.server.administration import PROMPTS, Server
 from tests.server.serving import serve
 from tests.support.family import save_lora

@@ -12,13 +12,13 @@ from typing import Any
 import httpx
 import pytest
 
-from adapters.database import Database, sqlite_url
-from adapters.worker.process import wait_until_dead
-from adapters.worker.settings import DATABASE_FILE, WorkerSettings
-from server.assembly import load_runtime
-from server.services import Services
-from server.settings import Settings
-from server.worker_supervisor import WorkerSupervisor
+from eda.adapters.database import Database, sqlite_url
+from eda.adapters.worker.process import wait_until_dead
+from eda.adapters.worker.settings import DATABASE_FILE, WorkerSettings
+from eda.server.assembly import load_runtime
+from eda.server.services import Services
+from eda.server.settings import Settings
+from eda.server.worker_supervisor import WorkerSupervisor
 from tests.adapters.helpers import FAKE_WORKER, wait_for
 from tests.adapters.helpers import Service as Setup
 from tests.server.serving import serve

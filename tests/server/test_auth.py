@@ -7,10 +7,10 @@ from typing import Any
 import httpx
 import pytest
 
-from server.app import create_app
-from server.auth import KeyRing, Role, is_user_path
-from server.services import Services
-from server.settings import ConfigurationError, Settings, load_settings
+from eda.server.app import create_app
+from eda.server.auth import KeyRing, Role, is_user_path
+from eda.server.services import Services
+from eda.server.settings import ConfigurationError, Settings, load_settings
 from tests.server.serving import make_parts
 from tests.support.family import Family
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from eda.decoder import SpeculativeDecoder
-from server.cache_size import DRAFT_ROOM, CacheSize, choose_cache_size, free_memory
-from server.settings import ConfigurationError, Settings
+from eda.server.cache_size import DRAFT_ROOM, CacheSize, choose_cache_size, free_memory
+from eda.server.settings import ConfigurationError, Settings
 from tests.support.family import MAX_LENGTH, Family
 
 MIB = 1024 * 1024
@@ -37,7 +37,7 @@ def test_the_default_takes_at_most_half_of_the_free_memory(family: Family) -> No
 def test_a_model_that_is_too_long_for_the_memory_is_served_with_shorter_sequences(
     family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.cache_size.SHORTEST_USEFUL", 50)
+    monkeypatch.setattr("eda.server.cache_size.SHORTEST_USEFUL", 50)
     free = 2 * per_slot(family) * (100 + DRAFT_ROOM)
     assert choose(family, free).max_model_len == 100
     with pytest.raises(
@@ -51,7 +51,7 @@ def test_a_model_that_is_too_long_for_the_memory_is_served_with_shorter_sequence
 def test_a_long_model_gets_more_than_the_usual_cache_where_there_is_memory(
     family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.cache_size.DEFAULT_CACHE_BYTES", per_slot(family) * 10)
+    monkeypatch.setattr("eda.server.cache_size.DEFAULT_CACHE_BYTES", per_slot(family) * 10)
     assert choose(family, 64 << 30).num_slots == MAX_LENGTH + DRAFT_ROOM
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
-from server.assembly import load_runtime
-from server.services import Services
-from server.settings import Settings
+from eda.server.assembly import load_runtime
+from eda.server.services import Services
+from eda.server.settings import Settings
 from tests.server.serving import serve
 from tests.support.family import CHAT_TEMPLATE, Family, save_lora
 from tests.support.oracle import Oracle

@@ -13,12 +13,12 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from server.bundled_prompts import bundled_prompts
-from server.calibration import Measurement, best_levels, draft_costs
-from server.cli import app
-from server.engine.speculation import DraftCosts, SpeculationLevel, SpeculationTable
-from server.load_generator import ClientView, LoadResult, read_prompts
-from server.load_report import with_ratios
+from eda.server.bundled_prompts import bundled_prompts
+from eda.server.calibration import Measurement, best_levels, draft_costs
+from eda.server.cli import app
+from eda.server.engine.speculation import DraftCosts, SpeculationLevel, SpeculationTable
+from eda.server.load_generator import ClientView, LoadResult, read_prompts
+from eda.server.load_report import with_ratios
 from tests.support.oracle import Oracle
 
 ROOT = Path(__file__).parents[2]
@@ -232,7 +232,7 @@ class Process:
         command = [
             sys.executable,
             "-c",
-            f"from server.cli import main\n{before}\nmain()",
+            f"from eda.server.cli import main\n{before}\nmain()",
             "serve",
             "--port",
             "0",

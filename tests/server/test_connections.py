@@ -18,10 +18,10 @@ import httpx
 import psutil
 import pytest
 
-from server.app import create_app
-from server.connections import FEWEST_CONNECTIONS, OTHER_DESCRIPTORS, ServerConfig, room_for_connections
-from server.graceful_server import GracefulServer
-from server.settings import Settings
+from eda.server.app import create_app
+from eda.server.connections import FEWEST_CONNECTIONS, OTHER_DESCRIPTORS, ServerConfig, room_for_connections
+from eda.server.graceful_server import GracefulServer
+from eda.server.settings import Settings
 from tests.server.serving import Parts, make_parts, serve
 from tests.support.family import Family
 
@@ -176,11 +176,11 @@ def test_a_slow_body_does_not_hold_the_end(family: Family) -> None:
 
 OUT_OF_DESCRIPTORS = """
     import asyncio, resource, sys
-    from server.graceful_server import GracefulServer
-    from server.connections import ServerConfig
-    from server.logs import configure_logs
-    from server.services import Services
-    from server.settings import Settings
+    from eda.server.graceful_server import GracefulServer
+    from eda.server.connections import ServerConfig
+    from eda.server.logs import configure_logs
+    from eda.server.services import Services
+    from eda.server.settings import Settings
 
     async def app(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})

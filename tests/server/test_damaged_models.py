@@ -11,8 +11,8 @@ import torch
 
 from eda.backends.loading import load_target
 from eda.models.target import FineTune
+from eda.server.rendering import LOWEST_LOGPROB, chat_logprobs
 from eda.speculation.verification import TokenLogprobs
-from server.rendering import LOWEST_LOGPROB, chat_logprobs
 from tests.server.serving import make_parts, serve
 from tests.support.family import Family
 

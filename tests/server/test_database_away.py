@@ -10,10 +10,10 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 
-from adapters.serving.watcher import RegistryWatcher
-from server.assembly import load_runtime
-from server.services import Services
-from server.settings import Settings
+from eda.adapters.serving.watcher import RegistryWatcher
+from eda.server.assembly import load_runtime
+from eda.server.services import Services
+from eda.server.settings import Settings
 from tests.adapters.helpers import wait_for
 from tests.server.administration import Server
 from tests.server.serving import serve
@@ -97,14 +97,14 @@ def test_the_watch_says_it_once_and_goes_on(server: Server, caplog: pytest.LogCa
             sync()
 
     watcher = RegistryWatcher(Counting(), poll_seconds=0.01)  # type: ignore[arg-type]
-    with caplog.at_level(logging.WARNING, "adapters.serving.watcher"):
+    with caplog.at_level(logging.WARNING, "eda.adapters.serving.watcher"):
         with database_away(server):
             watcher.start()
             wait_for(lambda: len(polls) > 3)
         seen = len(polls)
         wait_for(lambda: len(polls) > seen + 3)
         watcher.stop()
-    mine = [record for record in caplog.records if record.name == "adapters.serving.watcher"]
+    mine = [record for record in caplog.records if record.name == "eda.adapters.serving.watcher"]
     # The server's own watch runs beside this one and has its say too.
     assert 1 <= len(mine) <= 2
     assert all("does not answer" in record.message for record in mine)

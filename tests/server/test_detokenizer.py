@@ -9,8 +9,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from eda.formats.tokenizer import TextTokenizer
-from server.engine.detokenizer import REPLACEMENT
-from server.tokenizer import detokenizer_of
+from eda.server.engine.detokenizer import REPLACEMENT
+from eda.server.tokenizer import detokenizer_of
 from tests.support.family import tiny_tokenizer
 
 FIRST_WORD = 257

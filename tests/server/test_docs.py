@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from server.app import create_app
-from server.assembly import load_runtime
-from server.services import Services
-from server.settings import Settings
+from eda.server.app import create_app
+from eda.server.assembly import load_runtime
+from eda.server.services import Services
+from eda.server.settings import Settings
 from tests.server.serving import make_parts, serve
 from tests.support.family import Family
 

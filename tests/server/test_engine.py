@@ -8,9 +8,8 @@ import torch
 
 from eda.decoder import ScheduledRow
 from eda.errors import NonFiniteLogitsError
-from eda.speculation.kinds import Off
-from server.engine.detokenizer import IncrementalDetokenizer
-from server.engine.engine import (
+from eda.server.engine.detokenizer import IncrementalDetokenizer
+from eda.server.engine.engine import (
     MAX_FAILED_STEPS,
     DeadlineError,
     Engine,
@@ -20,11 +19,12 @@ from server.engine.engine import (
     Output,
     QueueFullError,
 )
-from server.engine.scheduler import Scheduler, SchedulerLimits
-from server.engine.sequence import Sequence as EngineSequence
-from server.engine.sequence import SequenceDelta, StepStats
-from server.engine.speculation import SpeculationLevel, SpeculationPolicy, SpeculationTable
-from server.engine.stopping import FinishReason, StopChecker, StopConditions
+from eda.server.engine.scheduler import Scheduler, SchedulerLimits
+from eda.server.engine.sequence import Sequence as EngineSequence
+from eda.server.engine.sequence import SequenceDelta, StepStats
+from eda.server.engine.speculation import SpeculationLevel, SpeculationPolicy, SpeculationTable
+from eda.server.engine.stopping import FinishReason, StopChecker, StopConditions
+from eda.speculation.kinds import Off
 from tests.support.fakes import FakeDecoder, continuation, decode_letters, make_sequence
 
 TABLE = SpeculationTable((SpeculationLevel(2, "chain", 4), SpeculationLevel(4, "chain", 1)))
@@ -351,7 +351,7 @@ def waiting_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_the_log_says_once_what_the_queue_waits_for(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", logger="server.engine.engine")
+    caplog.set_level("INFO", logger="eda.server.engine.engine")
     bench = Bench(FakeDecoder(num_slots=150), max_running=8)
     first = make_sequence(max_tokens=100, name="long")
     second, third = (make_sequence(max_tokens=90, name=name) for name in ("next", "last"))
@@ -366,7 +366,7 @@ def test_the_log_says_once_what_the_queue_waits_for(caplog: pytest.LogCaptureFix
 
 
 def test_the_log_names_a_full_batch(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", logger="server.engine.engine")
+    caplog.set_level("INFO", logger="eda.server.engine.engine")
     bench = Bench(max_running=1)
     sequences = [make_sequence(max_tokens=50, name=name) for name in ("first", "second")]
     bench.submit(*sequences)

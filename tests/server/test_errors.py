@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.app import create_app
+from eda.server.app import create_app
 from tests.server.serving import make_parts
 from tests.support.family import Family
 

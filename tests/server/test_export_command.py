@@ -9,10 +9,10 @@ from click.testing import Result
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from adapters.store.store import AdapterStore
+from eda.adapters.store.store import AdapterStore
 from eda.backends.loading import load_fine_tune
 from eda.models.private import PrivateModule
-from server.cli import app
+from eda.server.cli import app
 from tests.adapters.fake_stages import manifest_for
 from tests.support.family import Family
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from server.engine.engine import QueueFullError
-from server.settings import ConfigurationError, Settings, load_settings
+from eda.server.engine.engine import QueueFullError
+from eda.server.settings import ConfigurationError, Settings, load_settings
 from tests.server.serving import Parts, make_parts, serve
 from tests.server.test_engine import Bench
 from tests.support.fakes import FakeDecoder, make_sequence

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
 
-from server.settings import Settings
+from eda.server.settings import Settings
 from tests.server.serving import Parts, make_parts, serve
 from tests.support.family import Family
 

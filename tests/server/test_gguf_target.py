@@ -11,12 +11,12 @@ from typer.testing import CliRunner
 
 from eda.formats.tokenizer import TextTokenizer
 from eda.formats.tokenizer_files import load_tokenizer
+from eda.server.assembly import load_runtime
+from eda.server.cli import app
+from eda.server.model_paths import model_paths
+from eda.server.services import Services
+from eda.server.settings import ConfigurationError, Settings
 from eda.training.data.prompts import ChatFormat
-from server.assembly import load_runtime
-from server.cli import app
-from server.model_paths import model_paths
-from server.services import Services
-from server.settings import ConfigurationError, Settings
 from tests.server.serving import serve
 from tests.support.tiny import tiny_target
 

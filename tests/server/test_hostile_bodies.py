@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.bodies import VALUES_PER_CONTAINER, check_json, has_more_values
-from server.errors import ApiError
-from server.middleware import LONGEST_TURN, Turns
-from server.schemas.adapters import CreateAdapterRequest
-from server.schemas.generation import (
+from eda.server.bodies import VALUES_PER_CONTAINER, check_json, has_more_values
+from eda.server.errors import ApiError
+from eda.server.middleware import LONGEST_TURN, Turns
+from eda.server.schemas.adapters import CreateAdapterRequest
+from eda.server.schemas.generation import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,

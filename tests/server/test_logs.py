@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from server.logs import configure_logs, logger
-from server.settings import Settings
+from eda.server.logs import configure_logs, logger
+from eda.server.settings import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -21,8 +21,8 @@ def test_every_line_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logs(Settings(log_format="json"))  # a second time adds no second line
     logger().info("ready", models=["base"])
     logging.getLogger("eda.backends.cpu.library").warning("no compiler: %s", "slower")
-    logging.getLogger("adapters.serving.registry").info("loaded")
-    logging.getLogger("adapters.serving.registry").debug("not this one")
+    logging.getLogger("eda.adapters.serving.registry").info("loaded")
+    logging.getLogger("eda.adapters.serving.registry").debug("not this one")
     try:
         raise ValueError("broken")
     except ValueError:
@@ -41,8 +41,8 @@ def test_every_line_is_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_console_shows_both_kinds(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logs(Settings(log_level="warning"))
     logger().warning("draining")
-    logging.getLogger("adapters.serving.registry").info("not this one")
-    logging.getLogger("adapters.serving.registry").warning("skipped")
+    logging.getLogger("eda.adapters.serving.registry").info("not this one")
+    logging.getLogger("eda.adapters.serving.registry").warning("skipped")
     first, second = capsys.readouterr().err.splitlines()
     assert "draining" in first
     assert "skipped" in second

@@ -9,8 +9,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from eda.decoder import ScheduledRow
 from eda.errors import CheckpointError
-from server.services import Services
-from server.settings import Settings
+from eda.server.services import Services
+from eda.server.settings import Settings
 from tests.server.serving import make_parts, serve, wait_until_ready
 from tests.support.family import Family
 from tests.support.oracle import Oracle

@@ -8,9 +8,9 @@ from pydantic import BaseModel, Field
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from server.cli import app
-from server.commands.options import options_of, with_options
-from server.schemas.adapters import AdaptBody
+from eda.server.cli import app
+from eda.server.commands.options import options_of, with_options
+from eda.server.schemas.adapters import AdaptBody
 
 OPTION_OF = {"intermediate_size": "width"}
 """Where the flag has another name than the field."""

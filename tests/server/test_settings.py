@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from server.cli import app
-from server.model_paths import model_paths
-from server.settings import ConfigurationError, Settings, load_settings
+from eda.server.cli import app
+from eda.server.model_paths import model_paths
+from eda.server.settings import ConfigurationError, Settings, load_settings
 
 
 def write(path: Path, text: str) -> Path:

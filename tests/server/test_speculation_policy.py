@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from eda.speculation.kinds import Chain, Off, Tree
-from server.engine.sequence import SequenceLabels, StepStats
-from server.engine.speculation import (
+from eda.server.engine.sequence import SequenceLabels, StepStats
+from eda.server.engine.speculation import (
     CPU_PASSES_COSTS,
     DraftCosts,
     SpeculationLevel,
@@ -16,6 +15,7 @@ from server.engine.speculation import (
     SpeculationTableError,
     best_chain_length,
 )
+from eda.speculation.kinds import Chain, Off, Tree
 
 LABELS = SequenceLabels("math", "private", "math", 1)
 OTHER = SequenceLabels("code", "private", "code", 1)

@@ -38,7 +38,7 @@ def imported(code: str, *arguments: str, **environment: str) -> tuple[set[str], 
 
 
 def command(*arguments: str, **environment: str) -> tuple[set[str], str]:
-    return imported("sys.argv[0] = 'eda'; from server.cli import main; main()", *arguments, **environment)
+    return imported("sys.argv[0] = 'eda'; from eda.server.cli import main; main()", *arguments, **environment)
 
 
 @pytest.mark.parametrize(
@@ -65,13 +65,13 @@ def test_completion_imports_nothing_heavy() -> None:
 
 
 def test_a_worker_that_waits_for_jobs_has_not_imported_torch() -> None:
-    code = "import adapters.worker.worker_process, server.worker_settings, server.commands.worker"
+    code = "import eda.adapters.worker.worker_process, eda.server.worker_settings, eda.server.commands.worker"
     packages, _ = imported(code)
     assert packages & {"torch", "transformers", "numpy"} == set()
 
 
 def test_transformers_is_imported_when_a_checkpoint_is_read() -> None:
-    packages, _ = imported("import adapters.worker.stages, server.graceful_server")
+    packages, _ = imported("import eda.adapters.worker.stages, eda.server.graceful_server")
     assert "torch" in packages
     assert "transformers" not in packages
 

@@ -6,8 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.detokenizer import IncrementalDetokenizer
-from server.engine.stopping import CheckedToken, FinishReason, StopChecker, StopConditions, held_back_length
+from eda.server.engine.detokenizer import IncrementalDetokenizer
+from eda.server.engine.stopping import (
+    CheckedToken,
+    FinishReason,
+    StopChecker,
+    StopConditions,
+    held_back_length,
+)
 
 SPECIAL = "<x>"
 PIECES = ["a", "b", "ab", "ba", "aab", "", "abc", "c"]

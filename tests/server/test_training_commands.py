@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from adapters.serving.model_loader import ModelLoader
-from adapters.store.store import AdapterStore
+from eda.adapters.serving.model_loader import ModelLoader
+from eda.adapters.store.store import AdapterStore
 from eda.backends.loading import load_fine_tune, load_target
 from eda.models.draft import DraftModel
-from server.cli import app
+from eda.server.cli import app
 from tests.support.family import save_family
 
 

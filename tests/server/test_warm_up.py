@@ -6,11 +6,11 @@ import pytest
 
 from eda.backends.recorded.shapes import ROWS
 from eda.decoder import SpeculativeDecoder
+from eda.server.assembly import _usual_rounds, load_runtime
+from eda.server.engine.speculation import SpeculationTable
+from eda.server.services import Services
+from eda.server.settings import ConfigurationError, Settings, load_settings
 from eda.speculation.kinds import Chain, Speculation, Tree
-from server.assembly import _usual_rounds, load_runtime
-from server.engine.speculation import SpeculationTable
-from server.services import Services
-from server.settings import ConfigurationError, Settings, load_settings
 
 
 def test_the_usual_rounds_are_those_of_the_table() -> None:

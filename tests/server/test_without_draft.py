@@ -9,13 +9,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from structlog.testing import capture_logs
 
-from adapters.database import Database, sqlite_url
-from adapters.worker.settings import DATABASE_FILE
+from eda.adapters.database import Database, sqlite_url
+from eda.adapters.worker.settings import DATABASE_FILE
 from eda.decoder import SpeculativeDecoder
-from server.assembly import load_runtime
-from server.logs import configure_logs
-from server.services import Services
-from server.settings import Settings
+from eda.server.assembly import load_runtime
+from eda.server.logs import configure_logs
+from eda.server.services import Services
+from eda.server.settings import Settings
 from tests.adapters.helpers import Service as JobService
 from tests.server.administration import Server
 from tests.server.serving import serve

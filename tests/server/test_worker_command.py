@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from adapters.worker import main as worker_main
-from adapters.worker.settings import SETTINGS_VARIABLE, WorkerSettings
-from server.cli import app
+from eda.adapters.worker import main as worker_main
+from eda.adapters.worker.settings import SETTINGS_VARIABLE, WorkerSettings
+from eda.server.cli import app
 
 
 def test_settings_reach_the_worker(

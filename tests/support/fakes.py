@@ -7,11 +7,11 @@ from eda.decoder import ScheduledRow, SequenceState, StepResult
 from eda.errors import CacheFullError
 from eda.models.cache import Extent
 from eda.models.target import FineTune
+from eda.server.engine.detokenizer import IncrementalDetokenizer
+from eda.server.engine.sequence import Sequence as EngineSequence
+from eda.server.engine.sequence import SequenceLabels
+from eda.server.engine.stopping import StopChecker, StopConditions
 from eda.speculation.kinds import Chain, Speculation
-from server.engine.detokenizer import IncrementalDetokenizer
-from server.engine.sequence import Sequence as EngineSequence
-from server.engine.sequence import SequenceLabels
-from server.engine.stopping import StopChecker, StopConditions
 
 FINE_TUNE = cast(FineTune, None)
 LABELS = SequenceLabels("base", "private")

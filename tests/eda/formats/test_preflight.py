@@ -270,7 +270,7 @@ def test_names_as_in_memory_and_of_other_tools_are_told(stored: Path, tmp_path: 
 def test_the_command_names_a_bad_file_before_torch_is_imported(target: Path, tmp_path: Path) -> None:
     (target / WEIGHTS).write_bytes(LFS)
     program = (
-        "import sys\nfrom server.cli import main\n"
+        "import sys\nfrom eda.server.cli import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n"
         "    print(end.code, 'torch' in sys.modules, 'transformers' in sys.modules)"
     )
