@@ -24,6 +24,9 @@ FORBIDDEN = {
     "server": {"benchmarks", "recipes"},
 }
 
+OTHER_NAMES = {"server", "adapters"}
+"""Packages of others have these names; ours are `eda.server` and `eda.adapters`."""
+
 
 def imported_modules(source: str) -> Iterator[str]:
     """Every module that ``source`` imports, at any depth, also through ``__import__`` and ``import_module``."""
@@ -85,3 +88,18 @@ def test_init_files_hold_a_docstring_and_nothing_else(package: str) -> None:
 def test_names_that_say_nothing_are_not_used(package: str) -> None:
     names = {path.stem for path in (ROOT / package).rglob("*.py")}
     assert names.isdisjoint({"utils", "common", "manager", "helpers", "misc"})
+
+
+@pytest.mark.parametrize("folder", ["eda", "adapters", "server", "recipes", "benchmarks", "tests"])
+def test_modules_are_imported_by_one_name_only(folder: str) -> None:
+    """From the top of a checkout, `server` could be imported beside `eda.server`: the same code as other modules."""
+    found = {
+        str(path.relative_to(ROOT)): names
+        for path in (ROOT / folder).rglob("*.py")
+        if path.name != "test_packaging.py"  # it runs another `server` on purpose
+        and (
+            names := OTHER_NAMES
+            & {name.partition(".")[0] for name in imported_modules(path.read_text("utf-8"))}
+        )
+    }
+    assert found == {}
