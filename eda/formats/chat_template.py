@@ -2,7 +2,8 @@
 
 A template is Jinja code that came with somebody's model. ``CompiledTemplate`` runs it in a sandbox, which keeps it from
 files and objects but not from looping for ever: where a stranger may have written it,
-``eda.adapters.templates.renderer`` runs it in a process with limits. This module is imported there, so it needs neither torch nor transformers.
+``eda.adapters.templates.renderer`` runs it in a process with limits. This module is imported there, so it needs neither
+torch nor transformers.
 """
 
 import json
