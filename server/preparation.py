@@ -198,7 +198,7 @@ def build(
                 f"{request_id}-{place * copies + copy}", state, checker, labels, deadline, body.priority
             )
             sequence.prefers_private = body.draft == "private"
-            if not services.engine.engine.fits(sequence):
+            if not services.engine.fits(sequence):
                 raise ContextLengthError(
                     f"{len(prompt)} prompt tokens and {max_tokens} output tokens do not fit into the server's cache",
                     param=_length_param(body),
