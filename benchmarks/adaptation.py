@@ -27,8 +27,8 @@ from eda.backends.loading import load_fine_tune, load_target
 from eda.decoder import SpeculativeDecoder, check_draft_fits
 from eda.errors import EdaError
 from eda.models.draft import DraftModel
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.models.target import FineTune
 from eda.training.data.prompts import ChatFormat, read_prompts
 from eda.training.data.regenerate import RegenerationConfig
 from eda.training.data.scores import SCORES

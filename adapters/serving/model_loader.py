@@ -15,9 +15,10 @@ from eda.formats.chat_template import ChatTemplateError
 from eda.formats.checkpoint import ADAPTER_CONFIG_FILE
 from eda.formats.fingerprint import fingerprint_directory
 from eda.models.draft import DraftModel
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateConfig, PrivateModule
 from eda.models.probe import require_usable
-from eda.models.target import FineTune, TargetModel
+from eda.models.target import TargetModel
 
 
 class Loader(Protocol):

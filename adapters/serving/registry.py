@@ -17,7 +17,7 @@ from eda.adapters.serving.leases import ActiveVersion, Lease, Served, ServedMode
 from eda.adapters.serving.model_loader import Loader
 from eda.adapters.store.store import AdapterStore, Problem
 from eda.errors import EdaError
-from eda.models.target import FineTune
+from eda.models.fine_tune import FineTune
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from eda.adapters.store.files import sync_tree
 from eda.adapters.store.manifest import Manifest
 from eda.formats.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE
 from eda.models.draft import DraftConfig, DraftModel
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.models.target import FineTune
 
 ExportType = Literal["auto", "bfloat16", "float32"]
 EXPORT_TYPES: tuple[ExportType, ...] = ("auto", "bfloat16", "float32")

@@ -20,8 +20,8 @@ from eda.adapters.worker.stage_job import StageJob, StageModels
 from eda.decoder import SpeculativeDecoder
 from eda.errors import DataError
 from eda.files import PRIVATE_WEIGHTS_FILE
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateConfig, PrivateModule
-from eda.models.target import FineTune
 from eda.training.data.prompts import Prompt
 from eda.training.data.regenerate import RegenerationConfig, RegenerationReport, regenerate
 from eda.training.data.samples import SAMPLES_FILE, Sample, read_samples, write_samples

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from eda.models.attention import AttentionRow, PackedBatch
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateSegment
-from eda.models.target import FineTune
 from eda.speculation.proposal import Proposal
 from eda.speculation.sequence import SequenceState
 from eda.transfers import upload

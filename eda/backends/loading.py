@@ -12,8 +12,9 @@ from eda.formats.checkpoint import ADAPTER_CONFIG_FILE, resolve_directory, vocab
 from eda.formats.config import ModelConfig
 from eda.formats.model_files import open_model
 from eda.formats.tokenizer_files import load_own_tokenizer
+from eda.models.fine_tune import FineTune
 from eda.models.lora import LoraAdapter
-from eda.models.target import FineTune, TargetModel, TorchBody
+from eda.models.target import TargetModel, TorchBody
 
 # A fine-tune shares the base's draft, whose cache and features have these sizes.
 _SHARED_SIZES = (

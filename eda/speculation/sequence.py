@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from eda.models.cache import Extent
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.models.target import FineTune
 from eda.sampling.draws import SamplingParams, TokenHistory
 from eda.speculation.kinds import Chain, Off, Speculation
 from eda.transfers import upload

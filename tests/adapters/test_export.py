@@ -15,8 +15,8 @@ from eda.adapters.errors import ConflictError, InvalidInputError
 from eda.adapters.store.export import export_draft
 from eda.models.attention import AttentionRow, PackedBatch
 from eda.models.draft import DraftModel
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateConfig, PrivateModule, PrivateSegment
-from eda.models.target import FineTune
 from tests.support.reference_family import Family, make_family
 
 LENGTH = 9

@@ -23,8 +23,8 @@ from eda.decoder import ScheduledRow, SequenceState, SpeculativeDecoder
 from eda.errors import MismatchError
 from eda.generation import GenerationRequest, generate
 from eda.models.draft import DraftConfig, DraftModel
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.models.target import FineTune
 from eda.sampling.draws import SamplingParams
 from eda.speculation.kinds import Chain, Off, Speculation, Tree
 from eda.speculation.proposal import Proposal

@@ -15,7 +15,7 @@ from eda.decoder import ScheduledRow, SequenceState, SpeculativeDecoder
 from eda.errors import NonFiniteLogitsError
 from eda.generation import GenerationRequest, generate
 from eda.models.answers import Logits
-from eda.models.target import FineTune
+from eda.models.fine_tune import FineTune
 from eda.sampling.params import SamplingParams
 from eda.speculation.kinds import Off
 from eda.speculation.verification import AnswerLines, Proposal, Verdict, VerificationRow

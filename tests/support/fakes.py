@@ -6,7 +6,7 @@ from typing import Any, cast
 from eda.decoder import ScheduledRow, SequenceState, StepResult
 from eda.errors import CacheFullError
 from eda.models.cache import Extent
-from eda.models.target import FineTune
+from eda.models.fine_tune import FineTune
 from eda.server.engine.detokenizer import IncrementalDetokenizer
 from eda.server.engine.sequence import Sequence as EngineSequence
 from eda.server.engine.sequence import SequenceLabels

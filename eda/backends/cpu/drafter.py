@@ -15,9 +15,10 @@ from eda.backends.eager.drafter import places_to_read
 from eda.models.attention import PackedBatch
 from eda.models.cache import KVCache
 from eda.models.draft import DraftModel
+from eda.models.fine_tune import FineTune
 from eda.models.lora import LoraAdapter
 from eda.models.private import PrivateSegment
-from eda.models.target import FineTune, TapLayers, TargetModel
+from eda.models.target import TapLayers, TargetModel
 from eda.sampling.draws import draw_uniforms
 from eda.sampling.params import SamplingDemand
 from eda.speculation.kinds import Chain

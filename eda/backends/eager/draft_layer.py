@@ -9,9 +9,10 @@ from eda.backends.drafting import Reading, embed
 from eda.models.attention import PackedBatch
 from eda.models.cache import KVCache
 from eda.models.draft import DraftModel
+from eda.models.fine_tune import FineTune
 from eda.models.lora import LoraAdapter
 from eda.models.private import PrivateSegment
-from eda.models.target import FineTune, TargetModel
+from eda.models.target import TargetModel
 from eda.transfers import upload
 
 

@@ -19,7 +19,7 @@ from eda.backends.recorded.replay import GraphCache, Recordable
 from eda.backends.recorded.shapes import CHAINS, EXTENSIONS, MAX_TOKENS, ROWS, Inputs, num_keys, round_up
 from eda.models.cache import KVCache
 from eda.models.draft import DraftModel
-from eda.models.target import FineTune
+from eda.models.fine_tune import FineTune
 from eda.sampling.draws import draw_uniforms
 from eda.sampling.params import SamplingDemand
 from eda.speculation.chains import cut_chains

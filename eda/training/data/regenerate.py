@@ -13,8 +13,8 @@ from typing import Any
 from eda.decoder import SpeculativeDecoder
 from eda.errors import TrainingError
 from eda.generation import Generation, GenerationRequest, generate
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.models.target import FineTune
 from eda.sampling.draws import SamplingParams
 from eda.speculation.kinds import Chain, Off
 from eda.training.data.prompts import ChatFormat, Prompt, encode_prompts

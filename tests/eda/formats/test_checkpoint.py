@@ -278,7 +278,7 @@ def test_a_full_checkpoint_is_a_fine_tune(stored: Path, tmp_path: Path) -> None:
     tuned = load_fine_tune(tiny_target(tmp_path, seed=7), base, "tuned")
     assert tuned.lora is None
     assert tuned.model is not base
-    assert tuned.fingerprint == tuned.output_key == tuned.model.fingerprint != base.fingerprint
+    assert tuned.fingerprint == tuned.model.fingerprint != base.fingerprint
     tokens = random_tokens(9, seed=3)
     assert_equal_logits(complete(tuned.model, tokens), reference_logits(reference(tmp_path), tokens))
     ids = torch.tensor([3, 1])

@@ -5,8 +5,8 @@ import torch
 
 from eda.decoder import SpeculativeDecoder
 from eda.generation import GenerationRequest, generate
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.models.target import FineTune
 from eda.sampling.draws import SamplingParams
 from eda.speculation.kinds import Chain
 from eda.training.data.samples import Sample

@@ -8,12 +8,12 @@ import pytest
 
 from eda.decoder import SpeculativeDecoder
 from eda.errors import DataError, TrainingError
-from eda.models.target import FineTune
-from eda.training.data.prompts import prompts_from_strings
+from eda.models.fine_tune import FineTune
 from eda.training.data.regenerate import RegenerationConfig, is_sampled, regenerate
 from eda.training.data.samples import SAMPLES_FILE, read_samples
 from eda.training.data.self_prompts import ATTEMPTS_FILE, SelfPromptConfig, write_own_prompts
 from eda.training.progress import StageStoppedError
+from tests.support.prompts import prompts_from_strings
 from tests.support.toys import byte_chat, random_target
 
 CONFIG = RegenerationConfig(max_tokens=8, max_prompt_tokens=60, sampled_share=0.5, batch_size=4)
