@@ -10,7 +10,7 @@ from eda.models.draft import DraftModel
 from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
 from eda.models.target import TargetModel
-from eda.sampling.draws import SamplingParams
+from eda.sampling.params import SamplingParams
 from eda.server.engine.speculation import SpeculationTable
 from eda.speculation.kinds import Off, Speculation
 

@@ -18,15 +18,13 @@ from eda.models.answers import Need
 from eda.models.cache import KVCache
 from eda.models.draft import DraftModel
 from eda.models.target import TargetModel
-from eda.sampling.draws import TokenHistory
 from eda.sampling.params import SamplingDemand
+from eda.sampling.processors import TokenHistory
 from eda.speculation.kinds import Speculation
 from eda.speculation.rows import StepRow
 from eda.speculation.sequence import SequenceState
 from eda.speculation.verification import AnswerLines, TokenLogprobs, Verdict, VerificationRow
 from eda.transfers import upload
-
-__all__ = ["ScheduledRow", "SequenceState", "SpeculativeDecoder", "StepResult"]
 
 
 @dataclass(frozen=True, slots=True)

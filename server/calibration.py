@@ -17,7 +17,7 @@ from eda.models.draft import DraftModel
 from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
 from eda.models.target import TargetModel
-from eda.sampling.draws import SamplingParams
+from eda.sampling.params import SamplingParams
 from eda.server.engine.speculation import TORCH_COSTS, DraftCosts, SpeculationLevel, SpeculationTable
 from eda.speculation.kinds import Chain, Tree
 

@@ -12,7 +12,7 @@ from eda.backends.loading import load_fine_tune
 from eda.errors import CheckpointError, EdaError, MismatchError
 from eda.files import PRIVATE_WEIGHTS_FILE
 from eda.formats.chat_template import ChatTemplateError
-from eda.formats.checkpoint import ADAPTER_CONFIG_FILE
+from eda.formats.checkpoint_files import ADAPTER_CONFIG_FILE
 from eda.formats.fingerprint import fingerprint_directory
 from eda.models.draft import DraftModel
 from eda.models.fine_tune import FineTune

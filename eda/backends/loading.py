@@ -8,7 +8,8 @@ import torch
 from eda.backends.cpu.body import CpuBody
 from eda.backends.cpu.target import supports
 from eda.errors import MismatchError
-from eda.formats.checkpoint import ADAPTER_CONFIG_FILE, resolve_directory, vocabulary
+from eda.formats.checkpoint import vocabulary
+from eda.formats.checkpoint_files import ADAPTER_CONFIG_FILE, resolve_directory
 from eda.formats.config import ModelConfig
 from eda.formats.model_files import open_model
 from eda.formats.tokenizer_files import load_own_tokenizer

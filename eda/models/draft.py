@@ -29,7 +29,7 @@ from eda.formats.config import RopeConfig
 from eda.formats.draft_files import read_draft_fields, require_draft_tensors
 from eda.models.attention import PackedBatch, masks_for
 from eda.models.cache import KVCache
-from eda.models.layers import Attention, FeedForward, RMSNorm, RotaryEmbedding
+from eda.models.layers import Attention, FeedForward, RMSNorm
 from eda.models.private import (
     PrivateConfig,
     PrivateSegment,
@@ -38,6 +38,7 @@ from eda.models.private import (
     add_private_output,
     add_private_qkv,
 )
+from eda.models.rotary import RotaryEmbedding
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,21 +7,8 @@ from torch import Tensor
 
 from eda.sampling.noise import gumbel_noise
 from eda.sampling.params import SamplingParams
-from eda.sampling.processors import LogitsContext, TokenHistory, edit_logits, process_logits
+from eda.sampling.processors import LogitsContext, edit_logits, process_logits
 from eda.transfers import upload
-
-__all__ = [
-    "LogitsContext",
-    "SamplingParams",
-    "TokenHistory",
-    "add_noise",
-    "draft_scores",
-    "draw",
-    "draw_uniforms",
-    "gumbel_noise",
-    "process_logits",
-    "propose_chain_tokens",
-]
 
 
 def draw_uniforms(count: int, generator: torch.Generator, device: torch.device) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor
 from eda.models.cache import Extent
 from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.sampling.draws import SamplingParams, TokenHistory
+from eda.sampling.params import SamplingParams
+from eda.sampling.processors import TokenHistory
 from eda.speculation.kinds import Chain, Off, Speculation
 from eda.transfers import upload
 

@@ -12,7 +12,7 @@ from eda.decoder import SpeculativeDecoder
 from eda.generation import Generation, GenerationRequest, Throughput, generate, summarise
 from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.sampling.draws import SamplingParams
+from eda.sampling.params import SamplingParams
 from eda.speculation.kinds import Chain, Off, Speculation
 from eda.training.data.prompts import ChatFormat, Prompt, encode_prompts
 from eda.training.files import provenance, write_json

@@ -11,14 +11,16 @@ from eda.backends.cpu.library import kernels
 from eda.backends.cpu.verifier import CpuVerifier
 from eda.backends.eager.verifier import RulesVerifier
 from eda.backends.loading import load_target
-from eda.decoder import ScheduledRow, SequenceState, SpeculativeDecoder
+from eda.decoder import ScheduledRow, SpeculativeDecoder
 from eda.errors import NonFiniteLogitsError
 from eda.generation import GenerationRequest, generate
 from eda.models.answers import Logits
 from eda.models.fine_tune import FineTune
 from eda.sampling.params import SamplingParams
 from eda.speculation.kinds import Off
-from eda.speculation.verification import AnswerLines, Proposal, Verdict, VerificationRow
+from eda.speculation.proposal import Proposal
+from eda.speculation.sequence import SequenceState
+from eda.speculation.verification import AnswerLines, Verdict, VerificationRow
 from tests.support.tiny import tiny_target
 
 SAMPLINGS = {

@@ -15,7 +15,8 @@ from torch import Tensor
 from eda.backends.drafting import DraftLayer, Reading, embed, output_runs, place_tokens, private_segments
 from eda.models.attention import PackedBatch
 from eda.models.draft import DraftModel
-from eda.sampling.draws import LogitsContext, draft_scores, propose_chain_tokens
+from eda.sampling.draws import draft_scores, propose_chain_tokens
+from eda.sampling.processors import LogitsContext
 from eda.speculation.chains import cut_chains
 from eda.speculation.proposal import Proposal
 from eda.speculation.sequence import SequenceState

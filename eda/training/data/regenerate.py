@@ -15,7 +15,7 @@ from eda.errors import TrainingError
 from eda.generation import Generation, GenerationRequest, generate
 from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.sampling.draws import SamplingParams
+from eda.sampling.params import SamplingParams
 from eda.speculation.kinds import Chain, Off
 from eda.training.data.prompts import ChatFormat, Prompt, encode_prompts
 from eda.training.data.samples import SAMPLES_FILE, Sample, read_samples

@@ -8,15 +8,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from eda.sampling.draws import (
-    LogitsContext,
-    SamplingParams,
-    TokenHistory,
-    draft_scores,
-    draw,
-    gumbel_noise,
-    propose_chain_tokens,
-)
+from eda.sampling.draws import draft_scores, draw, propose_chain_tokens
+from eda.sampling.noise import gumbel_noise
+from eda.sampling.params import SamplingParams
+from eda.sampling.processors import LogitsContext, TokenHistory
 from tests.support.markov import chi_square_p_value, random_table
 from tests.support.sampling_reference import reference_logits
 

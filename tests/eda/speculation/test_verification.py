@@ -7,14 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from eda.sampling.draws import (
-    LogitsContext,
-    SamplingParams,
-    TokenHistory,
-    draft_scores,
-    process_logits,
-    propose_chain_tokens,
-)
+from eda.sampling.draws import draft_scores, propose_chain_tokens
+from eda.sampling.params import SamplingParams
+from eda.sampling.processors import LogitsContext, TokenHistory, process_logits
 from eda.speculation.proposal import Proposal
 from eda.speculation.verification import TokenLogprobs, Verdict, VerificationRow, verify
 from tests.support.markov import (
