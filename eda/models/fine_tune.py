@@ -1,12 +1,17 @@
 """A fine-tune of a target: with a LoRA on the base's weights, or with weights of its own."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
 from eda.formats.tokenizer import TextTokenizer
 from eda.models.lora import LoraAdapter, LoraSegment
 from eda.models.target import TargetModel
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,3 +58,28 @@ class FineTune:
         if self.lora.head is not None:
             rows = rows + self.lora.head.blocks[0].b[token_ids] @ self.lora.head.a
         return rows
+
+
+class FineTuneCache(Generic[T]):
+    """What is made of the embeddings and the output layer of fine-tunes, once for each that has its own.
+
+    The keys are weak: what was made for a fine-tune that is unloaded goes with it.
+
+    Args:
+        make: makes the value. It must hold neither the fine-tune nor its model.
+    """
+
+    def __init__(self, make: Callable[[FineTune], T]) -> None:
+        self._make = make
+        self._values: WeakKeyDictionary[TargetModel | LoraAdapter, T] = WeakKeyDictionary()
+
+    def __call__(self, fine_tune: FineTune) -> T:
+        """The value for ``fine_tune``."""
+        owner = fine_tune.output_owner
+        value = self._values.get(owner)
+        if value is None:
+            value = self._values[owner] = self._make(fine_tune)
+        return value
+
+    def __len__(self) -> int:
+        return len(self._values)

@@ -198,7 +198,7 @@ def test_restart_restores_everything(setup: Setup) -> None:
         ),
         (
             {"sizes": {"hidden_size": 16, "num_features": 48, "intermediate_size": 4, "fc_rank": 0}},
-            "width is 16",
+            "width 16",
         ),
         ({"sizes": {"hidden_size": 32, "num_features": 96, "intermediate_size": 0, "fc_rank": 0}}, "all 0"),
         (
