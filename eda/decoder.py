@@ -187,7 +187,7 @@ class SpeculativeDecoder:
             if not places:
                 continue
             requests = [
-                DraftRequest(rows[place].state, _draft_length(rows[place]) if chosen[place] is drafter else 0)
+                DraftRequest(rows[place].state, _num_to_draft(rows[place]) if chosen[place] is drafter else 0)
                 for place in places
             ]
             for place, proposal in zip(places, drafter.draft(requests), strict=True):
@@ -296,7 +296,7 @@ def _checked_rows(scheduled: Sequence[ScheduledRow]) -> list[StepRow]:
     return rows
 
 
-def _draft_length(row: StepRow) -> int:
+def _num_to_draft(row: StepRow) -> int:
     """Draft tokens (chain) or levels (tree) that make sense for this row now."""
     state = row.state
     if state.is_prefilling:

@@ -57,7 +57,7 @@ def test_a_row_without_finite_logits_emits_nothing(
         pytest.skip("the C++ passes cannot run here")
     logits = torch.randn(6, VOCAB_SIZE, generator=torch.Generator().manual_seed(1))
     chain = Proposal.chain([4, 9])
-    if sampling.is_sampled:
+    if sampling.draws_freely:
         chain = Proposal.chain([4, 9], torch.full((2, VOCAB_SIZE), 1 / VOCAB_SIZE))
     rows = [VerificationRow(sampling, proposal, None, 0, 3) for proposal in (None, chain, None, None)]
     bad = logits.clone()

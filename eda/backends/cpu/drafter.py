@@ -72,11 +72,11 @@ class CpuDraftLayer:
         batch = place_tokens(states, reading.lengths, reading.known, reading.features.device)
         rows = self._rows(states, lengths, reading.lengths)
         uniforms = None
-        if any(state.is_sampled for state in states):
+        if any(state.sampling.draws_freely for state in states):
             count = len(states) * max(lengths)
             uniforms = draw_uniforms(count, self._generator, reading.features.device).view(len(states), -1)
             for row, state in zip(rows, states, strict=True):
-                if state.is_sampled:
+                if state.sampling.draws_freely:
                     row.sampling = sampling_of(state.sampling)
         segments = private_segments(states, reading.lengths)
         _, chains, probabilities = self._kernel.extend(
@@ -84,7 +84,7 @@ class CpuDraftLayer:
         )
         return [
             Proposal.chain(chain, probabilities[place, : len(chain)], self._draft.draft_token_ids)
-            if probabilities is not None and states[place].is_sampled and chain
+            if probabilities is not None and states[place].sampling.draws_freely and chain
             else Proposal.chain(chain)
             for place, chain in enumerate(chains)
         ]
@@ -106,7 +106,7 @@ class CpuDraftLayer:
         start = 0
         for state, num_steps, length in zip(states, steps, lengths, strict=True):
             head = self._head(state.fine_tune)
-            row = DraftRow(state.slot_start, state.draft_length, num_steps, start, length)
+            row = DraftRow(state.slot_start, state.num_draft_cached, num_steps, start, length)
             row.min_probability = state.min_probability
             row.head, row.embedding = head.packed.pointer, head.embedding.data_ptr()
             if state.private is not None:

@@ -68,8 +68,8 @@ def test_settings_are_copies() -> None:
 def test_properties_of_settings() -> None:
     assert SamplingParams(temperature=0.0, seed=3).is_greedy
     assert SamplingParams(temperature=1e-6).is_greedy
-    assert not SamplingParams(seed=3).is_sampled
-    assert SamplingParams().is_sampled
+    assert not SamplingParams(seed=3).draws_freely
+    assert SamplingParams().draws_freely
     assert not SamplingParams(logit_bias={1: 1.0}, min_tokens=3).needs_history
     for penalty in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
         assert SamplingParams(**{penalty: 0.5}).needs_history

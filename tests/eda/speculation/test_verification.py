@@ -153,7 +153,7 @@ def test_seeded_text_does_not_depend_on_companions() -> None:
     before.append([0, 1])
     together = verify(TARGET[list(itertools.chain(*before))], rows, torch.Generator())
     for row, tokens, verdict in zip(rows, before, together, strict=True):
-        if not row.sampling.is_sampled:
+        if not row.sampling.draws_freely:
             assert verify(TARGET[tokens], [row], torch.Generator())[0] == verdict
 
 
