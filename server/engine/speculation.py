@@ -124,12 +124,12 @@ class SpeculationTable:
 
     @classmethod
     def default(cls, backend: BackendName = "torch") -> Self:
-        """For machines that nothing was measured on.
+        """For machines without a calibration.
 
-        On the backend ``cpu``, the C++ passes, a draft step costs little, but every further token
-        makes the target's pass longer: so chains that end where the draft is unsure, and none from four sequences on,
-        where they were measured to lose (docs/performance.md). At a temperature about half of the draft's tokens are
-        accepted, sure or not, so that chains are shorter and how probable a drawn token was says little.
+        On the backend ``cpu``, the C++ passes, a draft step costs little, but every further token makes the target's
+        pass longer. So chains end where the draft is unsure, and from four sequences on there are none, since they were
+        measured to lose (docs/measurements/performance.md). At a temperature about half of the draft's tokens are
+        accepted, sure or not: chains are shorter, and how probable a drawn token was says little.
         """
         if backend == "cpu":
             return cls(

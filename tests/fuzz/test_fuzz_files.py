@@ -25,9 +25,10 @@ from eda.formats.checkpoint_files import read_header
 from eda.formats.preflight import check_draft, check_fine_tune, check_target
 from eda.formats.tokenizer_files import load_tokenizer
 from eda.models.draft import DraftModel
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
 from eda.models.probe import require_usable
-from eda.models.target import FineTune, TargetModel
+from eda.models.target import TargetModel
 from eda.server.engine.speculation import SpeculationTable, SpeculationTableError
 from eda.training.data.prompts import ChatFormat, read_prompts, read_texts
 from eda.training.data.samples import read_samples

@@ -79,7 +79,7 @@ def sampling_of(params: SamplingParams) -> Sampling:
 
 def can_verify(params: SamplingParams, proposal: Proposal | None) -> bool:
     """Whether ``verify_chains`` covers a row: drawn from unedited logits, with a drawn chain or none."""
-    if not params.is_sampled or params.demand not in COVERS:
+    if not params.draws_freely or params.demand not in COVERS:
         return False
     return proposal is None or not proposal.token_ids or proposal.draft_probs is not None
 
