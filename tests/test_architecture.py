@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,12 @@ FORBIDDEN = {
     "server/engine": {"eda.adapters", "fastapi", "starlette", "uvicorn"},
     "server": {"benchmarks", "recipes"},
 }
+
+STOREYS = (
+    *("errors", "files", "transfers", "formats", "models", "sampling"),
+    *("speculation", "backends", "decoder", "generation", "training"),
+)
+"""The rooms of ``eda``, lowest first: each imports only those before it."""
 
 OTHER_NAMES = {"server", "adapters"}
 """Packages of others have these names; ours are `eda.server` and `eda.adapters`."""
@@ -64,6 +71,51 @@ def test_a_layer_imports_only_what_lies_below_it(folder: str) -> None:
         if (names := violations(folder, path.read_text(encoding="utf-8")))
     }
     assert found == {}
+
+
+def upward(room: str, source: str) -> set[str]:
+    """Imports of ``source``, a file of ``room``, that lead to a higher storey or to a room that has none."""
+    allowed = STOREYS[: STOREYS.index(room) + 1]
+    imported = (name for name in imported_modules(source) if name.startswith("eda."))
+    return {name for name in imported if name.split(".")[1] not in allowed}
+
+
+def test_storeys_of_eda_import_downwards() -> None:
+    found = {}
+    for path in (ROOT / "eda").rglob("*.py"):
+        room = path.relative_to(ROOT / "eda").parts[0].removesuffix(".py")
+        if room in {"__init__", "adapters", "server"}:
+            continue
+        if names := upward(room, path.read_text(encoding="utf-8")):
+            found[str(path.relative_to(ROOT))] = names
+    assert found == {}
+    assert upward("models", "def f():\n    from eda.backends.base import Backend\n") == {"eda.backends.base"}
+
+
+def test_no_backend_knows_another() -> None:
+    """All may use the one on torch, which takes what they leave; only choice and loading know which there are."""
+    folder = ROOT / "eda" / "backends"
+    for path in folder.rglob("*.py"):
+        own = path.relative_to(folder).parts[0]
+        if own in {"choice.py", "loading.py"}:
+            continue
+        for name in imported_modules(path.read_text(encoding="utf-8")):
+            parts = name.split(".")
+            if parts[:2] == ["eda", "backends"] and parts[2] in {"cpu", "recorded"}:
+                assert parts[2] == own, f"{path} imports {name}"
+
+
+def test_modules_import_each_other_in_no_circle() -> None:
+    """Imports inside functions and for type checks count too."""
+    graph = {}
+    for top in ("eda", "adapters", "server"):
+        for path in (ROOT / top).rglob("*.py"):
+            inside = path.relative_to(ROOT).with_suffix("").parts
+            module = ".".join(inside if top == "eda" else ("eda", *inside))
+            graph[module] = set(imported_modules(path.read_text(encoding="utf-8")))
+    for module, imported in graph.items():
+        graph[module] = (imported & graph.keys()) - {module}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
 
 
 def test_the_check_sees_imports_inside_functions() -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_architecture import STOREYS
+
 ROOT = Path(__file__).parent.parent
 REFERENCE = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 NOTEBOOKS = sorted((ROOT / "docs" / "measurements").glob("*.md"))
@@ -43,10 +45,20 @@ def test_paths_in_the_code_are_there(page: Path) -> None:
     assert missing == set()
 
 
-def test_the_folder_tree_names_every_room_and_nothing_else() -> None:
-    """The tree of docs/architecture.md: folders of `eda`, `adapters` and `server`, and every file that it names."""
+def folder_tree() -> str:
+    """The tree of docs/architecture.md."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    tree = page.partition("## The folders")[2].partition("```\n")[2].partition("```")[0]
+    return page.partition("## The folders")[2].partition("```\n")[2].partition("```")[0]
+
+
+def test_the_folder_tree_lists_the_storeys_in_their_order() -> None:
+    storeys = re.findall(r"^  (\w+)(?:\.py|/)", folder_tree().partition("\nadapters/")[0], re.MULTILINE)
+    assert tuple(storeys) == STOREYS
+
+
+def test_the_folder_tree_names_every_room_and_nothing_else() -> None:
+    """Folders of `eda`, `adapters` and `server`, and the files that it chooses to name."""
+    tree = folder_tree()
     files = {path.name for top in ("eda", "adapters", "server") for path in (ROOT / top).rglob("*.py")}
     assert set(re.findall(r"\b\w+\.py\b", tree)) <= files
     rooms = {

@@ -1,4 +1,4 @@
-"""The draft on the C++ passes: its layer, and whole greedy chains and trees in one call."""
+"""The draft on the C++ passes: its layer, and whole chains (greedy or drawn) and trees in one call."""
 
 import ctypes
 import math
