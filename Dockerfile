@@ -28,7 +28,7 @@ COPY server server
 RUN /opt/eda/bin/pip install -c constraints.txt . && /opt/eda/bin/eda --help > /dev/null
 
 FROM python:${PYTHON}-slim
-# The passes for CPUs with bfloat16 units are compiled on the machine that runs them, once, and kept in /data.
+# The passes for CPUs are compiled on the machine that runs them, once, and kept in /data.
 ARG COMPILER=g++
 RUN if [ -n "${COMPILER}" ]; then \
         apt-get update && apt-get install -y --no-install-recommends ${COMPILER} && rm -rf /var/lib/apt/lists/*; \

@@ -19,7 +19,7 @@ def private_directory(path: Path) -> None:
     shared mount) may be there for others too, so that is left alone with a warning.
     """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if _is_open(path):
+    if path.stat().st_mode & _OTHERS:
         names = {entry.name for entry in path.iterdir()}
         if names and not names & _OURS:
             logger.warning(
@@ -31,13 +31,14 @@ def private_directory(path: Path) -> None:
 
 def private_file(path: Path) -> None:
     """Makes file ``path`` readable and writable for its owner alone: a new, empty one if there is none."""
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    if _is_open(path):
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        # By the handle: another process may remove the name at any moment, as SQLite does with its files.
+        mode = os.fstat(handle).st_mode
+    finally:
+        os.close(handle)
+    if mode & _OTHERS:
         _tighten(path, 0o600)
-
-
-def _is_open(path: Path) -> bool:
-    return bool(path.stat().st_mode & _OTHERS)
 
 
 def _tighten(path: Path, mode: int) -> None:

@@ -42,7 +42,7 @@ from eda.adapters.submission import (
     prepare_data,
 )
 from eda.errors import EdaError
-from eda.models.target import FineTune
+from eda.models.fine_tune import FineTune
 
 logger = logging.getLogger(__name__)
 

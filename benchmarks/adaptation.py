@@ -24,11 +24,11 @@ import torch
 from benchmarks.adaptation_runs import GRIDS, METHODS, DataSizes, DomainData, RunSpec, runs_of
 from benchmarks.adaptation_summary import load_results, markdown_table, plot, summarise
 from eda.backends.loading import load_fine_tune, load_target
-from eda.decoder import SpeculativeDecoder, check_draft_fits
+from eda.decoder import SpeculativeDecoder
 from eda.errors import EdaError
-from eda.models.draft import DraftModel
+from eda.models.draft import DraftModel, check_draft_fits
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.models.target import FineTune
 from eda.training.data.prompts import ChatFormat, read_prompts
 from eda.training.data.regenerate import RegenerationConfig
 from eda.training.data.scores import SCORES

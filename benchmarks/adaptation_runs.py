@@ -7,7 +7,7 @@ from typing import Any
 
 from eda.decoder import SpeculativeDecoder
 from eda.models.draft import DraftModel
-from eda.models.target import FineTune
+from eda.models.fine_tune import FineTune
 from eda.training.data.dataset import Dataset
 from eda.training.data.prompts import ChatFormat, Prompt, split_held_out
 from eda.training.data.regenerate import RegenerationConfig, regenerate

@@ -44,8 +44,9 @@ from eda.backends.choice import GraphChoice
 from eda.backends.recorded.replay import CudaGraphBackend, GraphCache, Recorder, RerunBackend
 from eda.decoder import SpeculativeDecoder
 from eda.models.draft import DraftConfig, DraftModel
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.models.target import FineTune, TargetModel, default_tap_layers
+from eda.models.target import TargetModel, default_tap_layers
 from eda.server.engine.speculation import SpeculationTable
 from eda.server.model_paths import model_paths
 from eda.server.settings import ConfigurationError, load_settings

@@ -7,9 +7,10 @@ from benchmarks.peers.interface import Completion, Contestant, Prompt
 from eda.decoder import SpeculativeDecoder
 from eda.generation import GenerationRequest, generate
 from eda.models.draft import DraftModel
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.models.target import FineTune, TargetModel
-from eda.sampling.draws import SamplingParams
+from eda.models.target import TargetModel
+from eda.sampling.params import SamplingParams
 from eda.server.engine.speculation import SpeculationTable
 from eda.speculation.kinds import Off, Speculation
 

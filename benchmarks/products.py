@@ -3,8 +3,8 @@
     python -m benchmarks.products --weights bfloat16 int8 int4 --isa native avx2 --threads 1 2
 
 Weights are random, of the shape of SmolLM2-135M unless options say otherwise. A figure is the least of several passes
-over a chain behind ``--context`` tokens; the floor is the time of a plain read of as many bytes as the weights take. On
-one thread it is the processor's time, which leaves out what other processes take.
+over a chain behind ``--context`` tokens; the floor is a plain read of as many bytes as the weights take. On one
+thread it is the processor's time, which leaves out what other processes take.
 """
 
 import argparse

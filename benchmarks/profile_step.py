@@ -20,11 +20,12 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks.compare import load_family
-from eda.decoder import ScheduledRow, SequenceState, SpeculativeDecoder
-from eda.sampling.draws import SamplingParams
+from eda.decoder import ScheduledRow, SpeculativeDecoder
+from eda.sampling.params import SamplingParams
 from eda.server.model_paths import model_paths
 from eda.server.settings import load_settings
 from eda.speculation.kinds import Chain, Off
+from eda.speculation.sequence import SequenceState
 
 PROMPT = "Explain step by step what happens when water boils, and why."
 

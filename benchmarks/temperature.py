@@ -18,14 +18,15 @@ import torch
 
 from benchmarks.compare import DOMAINS, load_family
 from benchmarks.own_engine import KINDS, Family
-from eda.decoder import ScheduledRow, SequenceState, SpeculativeDecoder
-from eda.sampling.draws import SamplingParams
+from eda.decoder import ScheduledRow, SpeculativeDecoder
+from eda.sampling.params import SamplingParams
 from eda.server.engine.draft_mode import DraftMode
 from eda.server.engine.sequence import SequenceLabels, StepStats
 from eda.server.engine.speculation import SpeculationPolicy, SpeculationTable
 from eda.server.model_paths import model_paths
 from eda.server.settings import load_settings
 from eda.speculation.kinds import Off
+from eda.speculation.sequence import SequenceState
 from eda.training.data.prompts import ChatFormat
 from recipes.acceptance import held_out_prompts
 

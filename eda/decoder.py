@@ -13,20 +13,18 @@ import torch
 
 from eda.backends.base import Backend, Drafter, DraftRequest, PassPlan
 from eda.backends.choice import GraphChoice, choose_backend
-from eda.errors import MismatchError, NonFiniteLogitsError
+from eda.errors import NonFiniteLogitsError
 from eda.models.answers import Need
 from eda.models.cache import KVCache
-from eda.models.draft import DraftModel
+from eda.models.draft import DraftModel, check_draft_fits
 from eda.models.target import TargetModel
-from eda.sampling.draws import TokenHistory
 from eda.sampling.params import SamplingDemand
+from eda.sampling.processors import TokenHistory
 from eda.speculation.kinds import Speculation
 from eda.speculation.rows import StepRow
 from eda.speculation.sequence import SequenceState
 from eda.speculation.verification import AnswerLines, TokenLogprobs, Verdict, VerificationRow
 from eda.transfers import upload
-
-__all__ = ["ScheduledRow", "SequenceState", "SpeculativeDecoder", "StepResult"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +187,7 @@ class SpeculativeDecoder:
             if not places:
                 continue
             requests = [
-                DraftRequest(rows[place].state, _draft_length(rows[place]) if chosen[place] is drafter else 0)
+                DraftRequest(rows[place].state, _num_to_draft(rows[place]) if chosen[place] is drafter else 0)
                 for place in places
             ]
             for place, proposal in zip(places, drafter.draft(requests), strict=True):
@@ -298,7 +296,7 @@ def _checked_rows(scheduled: Sequence[ScheduledRow]) -> list[StepRow]:
     return rows
 
 
-def _draft_length(row: StepRow) -> int:
+def _num_to_draft(row: StepRow) -> int:
     """Draft tokens (chain) or levels (tree) that make sense for this row now."""
     state = row.state
     if state.is_prefilling:
@@ -308,20 +306,3 @@ def _draft_length(row: StepRow) -> int:
     # A speculation set after admission may ask for more slots than were reserved.
     free = 0 if state.extent is None else state.extent.capacity - len(state.token_ids)
     return state.speculation.fitting(room, free)
-
-
-def check_draft_fits(draft: DraftModel, target: TargetModel) -> None:
-    """Raises ``MismatchError`` when the draft was made for another target, by sizes or by fingerprint."""
-    for name in ("hidden_size", "vocab_size"):
-        theirs, ours = getattr(target.config, name), getattr(draft.config, name)
-        if theirs != ours:
-            raise MismatchError(f"the draft was made for {name} {ours}; the target has {theirs}")
-    if max(draft.config.tap_layers) >= target.config.num_layers:
-        raise MismatchError(
-            f"the draft taps layers {draft.config.tap_layers}; the target has {target.config.num_layers} layers"
-        )
-    recorded = draft.config.target_fingerprint
-    if recorded and recorded != target.fingerprint:
-        raise MismatchError(
-            f"the draft was trained for the target {recorded[:16]}...; this target is {target.fingerprint[:16]}..."
-        )

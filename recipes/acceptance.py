@@ -19,8 +19,8 @@ from eda.adapters.store.store import AdapterStore
 from eda.backends.loading import load_fine_tune, load_target
 from eda.decoder import SpeculativeDecoder
 from eda.models.draft import DraftModel
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.models.target import FineTune
 from eda.speculation.kinds import Chain
 from eda.training.data.prompts import ChatFormat, Prompt
 from eda.training.evaluate import EvaluationConfig, Variant, evaluate

@@ -9,9 +9,9 @@ first. Started again, it goes on from its last checkpoint.
 import argparse
 import math
 import random
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,10 +24,11 @@ from recipes.domain_rows import fine_tune_rows, held_out_rows
 from recipes.hardware import Hardware, choose_hardware
 from recipes.head_loss import head_loss
 from recipes.held_out import mean_loss
-from recipes.optimizer import MuonAdamW, rate_scale
+from recipes.optimizer import rate_scale
 from recipes.pretrain import save_checkpoint
 from recipes.text import FINE_TUNE_DOMAINS, EncodedRow, encode_rows
-from recipes.training_state import LossLog, Position, load_state, save_state
+from recipes.training_loop import Steps, run_steps
+from recipes.training_state import LossLog, Position
 
 LORA_RANK = 16
 LORA_ALPHA = 32
@@ -140,51 +141,29 @@ def train(
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
     if hardware.device == "cpu":
         use_blocked_attention(causal_lm)
-    optimizer = MuonAdamW(
-        model,
-        settings.matrix_rate,
-        settings.other_rate,
-        newton_schulz_dtype=getattr(torch, hardware.compute_dtype),
-    )
-    position = load_state(checkpoint, model, optimizer) or Position()
-    log.write({"event": "start", "step": position.step, "rows": len(rows), **hardware.describe()})
 
-    began = time.monotonic() - position.seconds
-    saved_at = position.seconds
-    losses: list[float] = []
-    for batch in step_batches(rows, settings, position.step):
-        progress = max(position.num_tokens / settings.max_tokens, position.seconds / settings.max_seconds)
-        if progress >= 1.0:
-            break
+    def backward(batch: list[EncodedRow]) -> tuple[float, int]:
         token_ids, labels = (tensor.to(hardware.device) for tensor in collate(batch, settings.max_length))
         with hardware.autocast():
             loss = response_loss(causal_lm.model, causal_lm.lm_head.weight, token_ids, labels)
         torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scale = rate_scale(progress, warm_up=0.05, decay=0.6)
-        optimizer.step(scale)
-        losses.append(float(loss.detach()))
-        position.step += 1
-        position.num_tokens += sum(min(len(row.token_ids), settings.max_length) for row in batch)
-        position.seconds = time.monotonic() - began
-        if position.step % settings.log_every == 0:
-            log.write(
-                {
-                    "step": position.step,
-                    "tokens": position.num_tokens,
-                    "seconds": round(position.seconds, 1),
-                    "loss": round(sum(losses) / len(losses), 4),
-                    "rate_scale": round(scale, 4),
-                }
-            )
-            losses = []
-        if position.seconds - saved_at >= settings.checkpoint_seconds:
-            save_state(checkpoint, model, optimizer, position)
-            saved_at = position.seconds
-        if stop_after_steps is not None and position.step >= stop_after_steps:
-            break
-    save_state(checkpoint, model, optimizer, position)
-    return position
+        return float(loss.detach()), sum(min(len(row.token_ids), settings.max_length) for row in batch)
+
+    return run_steps(
+        model,
+        Steps(
+            lambda first: step_batches(rows, settings, first),
+            backward,
+            partial(rate_scale, warm_up=0.05, decay=0.6),
+        ),
+        settings,
+        hardware,
+        checkpoint,
+        log,
+        start=Position(),
+        stop_after_steps=stop_after_steps,
+        started={"rows": len(rows)},
+    )
 
 
 def save_fine_tune(

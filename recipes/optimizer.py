@@ -26,7 +26,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return wide if matrices.shape[-2] <= matrices.shape[-1] else wide.mT
 
 
-class MuonAdamW:
+class BatchedMuon:
     """Steps the trainable parameters of a model at rates scaled by one schedule.
 
     `matrix_rate` is the change of a matrix's singular values a step (for square matrices), or `None` to leave matrices

@@ -10,7 +10,6 @@ early on it learns as much from a token. The last part sees sequences of twice t
 
 import argparse
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,9 +30,10 @@ from recipes.attention import use_blocked_attention
 from recipes.hardware import Hardware, choose_hardware
 from recipes.head_loss import head_loss
 from recipes.held_out import mean_loss
-from recipes.optimizer import MuonAdamW, rate_scale
+from recipes.optimizer import rate_scale
 from recipes.text import encode_rows, eval_rows, pack_rows, shuffled, train_rows
-from recipes.training_state import LossLog, Position, load_state, save_state
+from recipes.training_loop import Steps, run_steps
+from recipes.training_state import LossLog, Position
 
 
 @dataclass(frozen=True)
@@ -165,57 +165,29 @@ def train(
     model.to(hardware.device).train()
     if hardware.device == "cpu":
         use_blocked_attention(model)
-    optimizer = MuonAdamW(
-        model,
-        settings.matrix_rate,
-        settings.other_rate,
-        newton_schulz_dtype=getattr(torch, hardware.compute_dtype),
-    )
-    position = load_state(checkpoint, model, optimizer) or replace(start or Position())
-    num_layers = model.config.num_hidden_layers
-    log.write({"event": "start", "step": position.step, "num_layers": num_layers, **hardware.describe()})
     trunk = hardware.compile(lambda ids: model.model(input_ids=ids, use_cache=False).last_hidden_state)
 
-    began = time.monotonic() - position.seconds
-    saved_at = logged_at = position.seconds
-    logged_tokens, losses = position.num_tokens, []
-    for batches in step_batches(sequences, settings, position.step):
-        progress = max(position.num_tokens / settings.max_tokens, position.seconds / settings.max_seconds)
-        if progress >= until:
-            break
+    def backward(batches: list[Tensor]) -> tuple[float, int]:
         step_loss = 0.0
         for batch in batches:
             with hardware.autocast():
                 loss = next_token_loss(trunk, model.lm_head.weight, batch.to(hardware.device)) / len(batches)
             loss.backward()
             step_loss += float(loss.detach())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(rate_scale(progress))
-        losses.append(step_loss)
-        position.step += 1
-        position.num_tokens += sum(batch.numel() for batch in batches)
-        position.seconds = time.monotonic() - began
-        if position.step % settings.log_every == 0:
-            log.write(
-                {
-                    "step": position.step,
-                    "tokens": position.num_tokens,
-                    "seconds": round(position.seconds, 1),
-                    "loss": round(sum(losses) / len(losses), 4),
-                    "rate_scale": round(rate_scale(progress), 4),
-                    "tokens_per_second": round(
-                        (position.num_tokens - logged_tokens) / (position.seconds - logged_at)
-                    ),
-                }
-            )
-            logged_at, logged_tokens, losses = position.seconds, position.num_tokens, []
-        if position.seconds - saved_at >= settings.checkpoint_seconds:
-            save_state(checkpoint, model, optimizer, position)
-            saved_at = position.seconds
-        if stop_after_steps is not None and position.step >= stop_after_steps:
-            break
-    save_state(checkpoint, model, optimizer, position)
-    return position
+        return step_loss, sum(batch.numel() for batch in batches)
+
+    return run_steps(
+        model,
+        Steps(lambda first: step_batches(sequences, settings, first), backward, rate_scale),
+        settings,
+        hardware,
+        checkpoint,
+        log,
+        start=replace(start or Position()),
+        until=until,
+        stop_after_steps=stop_after_steps,
+        started={"num_layers": model.config.num_hidden_layers},
+    )
 
 
 def train_growing(

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from recipes.optimizer import MuonAdamW
+from recipes.optimizer import BatchedMuon
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Position:
     seconds: float = 0.0  # of training, over all runs; the wall-clock limit counts these
 
 
-def save_state(path: Path, model: nn.Module, optimizer: MuonAdamW, position: Position) -> None:
+def save_state(path: Path, model: nn.Module, optimizer: BatchedMuon, position: Position) -> None:
     """Write trainable parameters, optimiser and position to one file, replacing an older one in one operation."""
     tensors = {f"optimizer.{name}": tensor.contiguous() for name, tensor in optimizer.state_tensors().items()}
     tensors |= {f"model.{name}": tensor.detach() for name, tensor in _trainable(model).items()}
@@ -32,7 +32,7 @@ def save_state(path: Path, model: nn.Module, optimizer: MuonAdamW, position: Pos
     os.replace(partial, path)
 
 
-def load_state(path: Path, model: nn.Module, optimizer: MuonAdamW) -> Position | None:
+def load_state(path: Path, model: nn.Module, optimizer: BatchedMuon) -> Position | None:
     """Restore what `save_state` wrote; `None` when there is no such file."""
     if not path.exists():
         return None

@@ -38,9 +38,8 @@ def create_app(services: Services) -> FastAPI:
     )
     app.state.services = services
     install_handlers(app)
-    offered = (completions, chat, models, operations, adapters, jobs)
-    for router in (*(module.router for module in offered), *services.routers):
-        app.include_router(router)
+    for module in (completions, chat, models, operations, adapters, jobs):
+        app.include_router(module.router)
     # The last one added is the first to see a request.
     app.add_middleware(GateMiddleware, services=services)
     origins = services.settings.allowed_origins
@@ -60,7 +59,7 @@ def create_app(services: Services) -> FastAPI:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
-    loading = asyncio.create_task(_start(app, services))
+    loading = asyncio.create_task(_start(services))
     watching = asyncio.create_task(_watch_engine(services))
     try:
         yield
@@ -85,7 +84,7 @@ async def _watch_engine(services: Services) -> None:
         await asyncio.sleep(min(limit / 4, 5.0))
         if services.runtime is None:
             continue
-        seconds = services.runtime.engine.engine.seconds_without_progress
+        seconds = services.runtime.engine.seconds_without_progress
         if seconds > limit:
             error = EngineStoppedError(f"the engine stands still: no step has ended for {seconds:.0f} s")
             services.failure = error
@@ -94,7 +93,7 @@ async def _watch_engine(services: Services) -> None:
             return
 
 
-async def _start(app: FastAPI, services: Services) -> None:
+async def _start(services: Services) -> None:
     """Loads the models, if need be, and starts the engine. A failure is kept for ``/health`` and reported."""
     try:
         runtime = services.runtime
@@ -102,7 +101,7 @@ async def _start(app: FastAPI, services: Services) -> None:
             if services.load is None:
                 raise RuntimeError("there is neither a runtime nor a way to load one")
             runtime = await asyncio.to_thread(services.load, services)
-        await _begin(app, services, runtime)
+        await _begin(services, runtime)
     except Exception as error:
         services.failure = error
         services.on_failure(error)
@@ -110,13 +109,10 @@ async def _start(app: FastAPI, services: Services) -> None:
     logger().info("ready", models=runtime.registry.model_names())
 
 
-async def _begin(app: FastAPI, services: Services, runtime: Runtime) -> None:
+async def _begin(services: Services, runtime: Runtime) -> None:
     engine = runtime.engine
-    services.metrics.watch(lambda: engine.engine.num_running, lambda: engine.engine.num_waiting)
+    services.metrics.watch(lambda: engine.num_running, lambda: engine.num_waiting)
     await engine.start()
-    for router in runtime.routers:
-        app.include_router(router)
-    app.openapi_schema = None
     runtime.on_start()
     services.runtime = runtime
 

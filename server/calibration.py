@@ -14,9 +14,10 @@ from eda.generation import GenerationRequest, measure
 from eda.models.answers import Logits
 from eda.models.attention import AttentionRow, PackedBatch
 from eda.models.draft import DraftModel
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.models.target import FineTune, TargetModel
-from eda.sampling.draws import SamplingParams
+from eda.models.target import TargetModel
+from eda.sampling.params import SamplingParams
 from eda.server.engine.speculation import SpeculationLevel, SpeculationTable
 from eda.speculation.costs import DraftCosts
 from eda.speculation.kinds import Chain, Tree

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from eda.adapters.errors import UnknownModelError
 from eda.adapters.templates.renderer import TemplateRenderer
-from eda.decoder import SequenceState
 from eda.formats.chat_template import ChatTemplateError, Message
 from eda.formats.tokenizer import TextTokenizer
-from eda.sampling.draws import SamplingParams
+from eda.sampling.params import SamplingParams
 from eda.server.engine.draft_mode import DraftMode
 from eda.server.engine.sequence import Sequence, SequenceLabels
 from eda.server.engine.stopping import StopChecker, StopConditions
@@ -18,6 +17,7 @@ from eda.server.errors import ContextLengthError, InvalidRequestError, UnknownMo
 from eda.server.schemas.generation import ChatCompletionRequest, CompletionRequest, GenerationOptions
 from eda.server.services import Lease, Services
 from eda.server.tokenizer import detokenizer_of, render_chat
+from eda.speculation.sequence import SequenceState
 
 DEFAULT_COMPLETION_TOKENS = 16
 """What OpenAI's completions generate when ``max_tokens`` is not given; chats have ``Runtime.chat_max_tokens``."""
@@ -199,7 +199,7 @@ def build(
                 f"{request_id}-{place * copies + copy}", state, checker, labels, deadline, body.priority
             )
             sequence.prefers_private = body.draft == "private" and draft != "lookup"
-            if not services.engine.engine.fits(sequence):
+            if not services.engine.fits(sequence):
                 raise ContextLengthError(
                     f"{len(prompt)} prompt tokens and {max_tokens} output tokens do not fit into the server's cache",
                     param=_length_param(body),

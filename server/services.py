@@ -4,13 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 
 from eda.adapters.service import AdapterService
 from eda.adapters.templates.renderer import TemplateRenderer
 from eda.formats.tokenizer import TextTokenizer
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.models.target import FineTune
 from eda.server.engine.async_engine import AsyncEngine
 from eda.server.errors import UnavailableError
 from eda.server.metrics import ServerMetrics
@@ -67,7 +67,7 @@ class Runtime:
 
     ``tokenizer`` is the base's. ``adapters`` is what the administrative routes work with; ``None`` in a server that has
     none. ``can_draft`` is false in a server without a draft model. ``chat_max_tokens`` bounds chats that give no limit.
-    ``routers`` are added to the application once it is loaded; ``on_close`` is called after the engine has stopped.
+    ``on_start`` is called once the engine runs, ``on_close`` after it has stopped.
     """
 
     engine: AsyncEngine
@@ -77,7 +77,6 @@ class Runtime:
     can_draft: bool = True
     chat_max_tokens: int = 2048
     templates: TemplateRenderer = field(default_factory=TemplateRenderer)
-    routers: list[APIRouter] = field(default_factory=list)
     on_start: Callable[[], None] = lambda: None
     on_close: Callable[[], None] = lambda: None
 
@@ -89,14 +88,12 @@ class Services:
     Attributes:
         load: makes the runtime; called in a thread at start, while ``/health`` already answers. Not needed when
             ``runtime`` is given.
-        routers: further routes, for administration; they must cope with a runtime that is not loaded yet.
         on_failure: called when loading fails or the engine dies; the process should end then.
     """
 
     settings: Settings
     load: Callable[["Services"], Runtime] | None = None
     runtime: Runtime | None = None
-    routers: list[APIRouter] = field(default_factory=list)
     metrics: ServerMetrics = field(default_factory=ServerMetrics)
     on_failure: Callable[[BaseException], None] = lambda error: None
     failure: BaseException | None = None
@@ -133,7 +130,7 @@ class Services:
             return f"{what} failed: {type(self.failure).__name__}"
         if self.runtime is None:
             return None
-        engine = self.runtime.engine.engine
+        engine = self.runtime.engine
         if engine.failure is not None:
             return f"the engine has failed: {type(engine.failure).__name__}"
         if not engine.is_alive and not self.is_draining:

@@ -20,8 +20,9 @@ from eda.formats.tokenizer_files import load_tokenizer
 from eda.generation import Generation, GenerationRequest
 from eda.generation import generate as generate_batch
 from eda.models.draft import DraftModel
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.models.target import FineTune, TargetModel
+from eda.models.target import TargetModel
 from eda.server.engine.draft_mode import DraftMode
 from eda.server.model_paths import ModelPaths, model_paths
 from eda.server.models import choose_device, load_pair

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -19,7 +20,9 @@ from eda.server.errors import ApiError, from_engine
 from eda.server.logs import logger
 from eda.server.middleware import CLIENT_CLOSED_REQUEST
 from eda.server.preparation import PreparedRequest
-from eda.server.rendering import Collected, metrics_of
+from eda.server.rendering import Collected, metrics_of, usage_of
+from eda.server.schemas.generation import GenerationOptions
+from eda.server.schemas.responses import ChatCompletionChunk, CompletionResponse
 from eda.server.services import Services
 
 DONE = "data: [DONE]\n\n"
@@ -27,8 +30,16 @@ LOGPROBS_INLINE = 256
 """Tokens with log-probabilities up to which an answer is written in the event loop; each may list many others."""
 
 
+Chunk = CompletionResponse | ChatCompletionChunk
+
+
 class Renderer(ABC):
     """What one endpoint writes: a whole body, or chunks."""
+
+    def __init__(self, options: GenerationOptions, *, wants_logprobs: bool) -> None:
+        self._options = options
+        self._wants_logprobs = wants_logprobs
+        self._created = int(time.time())
 
     @abstractmethod
     def body(self, request: PreparedRequest, outputs: list[Collected]) -> BaseModel:
@@ -39,14 +50,31 @@ class Renderer(ABC):
         """Chunks before the first token."""
 
     @abstractmethod
+    def empty_chunk(self, request: PreparedRequest) -> Chunk:
+        """A chunk without choices."""
+
+    @abstractmethod
+    def news(self, request: PreparedRequest, index: int, delta: SequenceDelta) -> Chunk:
+        """A chunk with one choice's news."""
+
     def chunk(
         self, request: PreparedRequest, index: int, delta: SequenceDelta, is_last: bool
     ) -> BaseModel | None:
-        """One choice's news; ``None`` when there is nothing to tell. ``is_last``: no choice has more to come."""
+        """One choice's news; ``None`` when there are none. ``is_last``: no choice has more to come."""
+        wants_tokens = self._options.return_token_ids or self._wants_logprobs
+        if not delta.text and delta.finish_reason is None and not (wants_tokens and delta.token_ids):
+            return None
+        chunk = self.news(request, index, delta)
+        if is_last and not self._options.includes_usage:
+            chunk.metrics = metrics_of(request)
+        return chunk
 
-    @abstractmethod
     def closing(self, request: PreparedRequest) -> Iterator[BaseModel]:
         """Chunks after the last token."""
+        if self._options.includes_usage:
+            chunk = self.empty_chunk(request)
+            chunk.usage, chunk.metrics = usage_of(request), metrics_of(request)
+            yield chunk
 
 
 async def respond(

@@ -10,27 +10,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-ABOVE_SPECULATION = {"eda.backends", "eda.decoder", "eda.generation", "eda.training"}
-STAGES = {f"eda.training.{name}" for name in ("triage", "shared_draft", "private_module", "evaluate")}
-ABOVE_ROOMS = {"eda.adapters.service", "eda.adapters.submission"}
+
+def above(*rooms: str) -> set[str]:
+    """Of `adapters`: these rooms, and the modules on top of all rooms."""
+    return {f"eda.adapters.{name}" for name in (*rooms, "service", "submission")}
+
 
 FORBIDDEN = {
-    "eda/formats": {
-        "eda.transfers",
-        "eda.models",
-        "eda.sampling",
-        "eda.speculation",
-        *ABOVE_SPECULATION,
-    },
-    "eda/models": {"eda.sampling", "eda.speculation", *ABOVE_SPECULATION},
-    "eda/sampling": {"eda.formats", "eda.models", "eda.speculation", *ABOVE_SPECULATION},
-    "eda/speculation": ABOVE_SPECULATION,
-    "eda/backends": {"eda.decoder", "eda.generation", "eda.training"},
-    "eda/backends/eager": {"eda.backends.cpu", "eda.backends.recorded", "eda.backends.choice"},
-    "eda/backends/cpu": {"eda.backends.recorded", "eda.backends.choice"},
-    "eda/backends/recorded": {"eda.backends.cpu", "eda.backends.choice"},
-    "eda/training/data": STAGES,
-    "eda/training/learning": {"eda.generation", *STAGES},
     "eda": {
         "eda.adapters",
         "eda.server",
@@ -43,72 +29,44 @@ FORBIDDEN = {
         "benchmarks",
         "recipes",
     },
-    "adapters/store": {
-        *(f"eda.adapters.{room}" for room in ("jobs", "serving", "templates", "worker")),
-        *ABOVE_ROOMS,
-    },
-    "adapters/templates": {
-        *(f"eda.adapters.{room}" for room in ("jobs", "serving", "store", "worker")),
-        *ABOVE_ROOMS,
-    },
-    "adapters/jobs": {
-        *(f"eda.adapters.worker.{name}" for name in ("main", "settings", "stages", "worker")),
-        *ABOVE_ROOMS,
-    },
-    "adapters/serving": {"eda.adapters.worker", *ABOVE_ROOMS},
-    "adapters/worker": ABOVE_ROOMS,
+    "adapters/store": above("jobs", "serving", "templates", "worker"),
+    "adapters/templates": above("jobs", "serving", "store", "worker"),
+    "adapters/jobs": above("worker.main", "worker.settings", "worker.stages", "worker.worker"),
+    "adapters/serving": above("worker"),
+    "adapters/worker": above(),
     "adapters": {"benchmarks", "recipes", "eda.server", "fastapi", "starlette", "uvicorn"},
-    "server/engine": {
-        *(f"eda.server.{name}" for name in ("commands", "routes", "schemas", "services", "settings")),
-        "eda.adapters",
-        "fastapi",
-        "starlette",
-        "uvicorn",
-    },
-    "server/schemas": {"eda.server.routes", "eda.server.services", "fastapi"},
+    "server/engine": {"eda.adapters", "fastapi", "starlette", "uvicorn"},
     "server": {"benchmarks", "recipes"},
 }
-"""By folder, what its modules never import: a package stands for all that is in it."""
 
-MOST_FLOORS = 8
-
-WHO_COMPUTES = re.compile(
-    r"\b(CpuBody|TorchBody|has_kernel|BackendName|backend\.name|eda\.backends\.(?:cpu|eager|recorded))\b"
+STOREYS = (
+    *("errors", "files", "transfers", "formats", "models", "sampling"),
+    *("speculation", "backends", "decoder", "generation", "training"),
 )
-MAY_MENTION = {
-    "eda/models/target.py": {"TorchBody"},  # where it lives
-    "server/assembly.py": {"backend.name"},  # for the log
-}
+"""The rooms of ``eda``, lowest first: each imports only those before it."""
 
 OTHER_NAMES = {"server", "adapters"}
 """Packages of others have these names; ours are `eda.server` and `eda.adapters`."""
 
 
-def is_for_types(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+def is_module(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").is_file()
 
 
-def nodes_of(node: ast.AST, *, with_types: bool) -> Iterator[ast.AST]:
-    """``node`` and all in it, but ``if TYPE_CHECKING`` only where it is wanted."""
-    if is_for_types(node) and not with_types:
-        return
-    yield node
-    for child in ast.iter_child_nodes(node):
-        yield from nodes_of(child, with_types=with_types)
-
-
-def imported_modules(source: str, *, with_types: bool = True) -> Iterator[str]:
+def imported_modules(source: str) -> Iterator[str]:
     """Every module that ``source`` imports, at any depth, also through ``__import__`` and ``import_module``.
 
-    A name imported from a package may be a module: it is given too.
+    A module that is imported from its package by ``from`` is given beside the package.
     """
-    for node in nodes_of(ast.parse(source), with_types=with_types):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports hide what is imported"
             yield node.module or ""
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names = (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (name for name in names if is_module(name))
         elif isinstance(node, ast.Call):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if (
@@ -139,6 +97,51 @@ def test_a_layer_imports_only_what_lies_below_it(folder: str) -> None:
     assert found == {}
 
 
+def upward(room: str, source: str) -> set[str]:
+    """Imports of ``source``, a file of ``room``, that lead to a higher storey or to a room that has none."""
+    allowed = STOREYS[: STOREYS.index(room) + 1]
+    imported = (name for name in imported_modules(source) if name.startswith("eda."))
+    return {name for name in imported if name.split(".")[1] not in allowed}
+
+
+def test_storeys_of_eda_import_downwards() -> None:
+    found = {}
+    for path in (ROOT / "eda").rglob("*.py"):
+        room = path.relative_to(ROOT / "eda").parts[0].removesuffix(".py")
+        if room in {"__init__", "adapters", "server"}:
+            continue
+        if names := upward(room, path.read_text(encoding="utf-8")):
+            found[str(path.relative_to(ROOT))] = names
+    assert found == {}
+    assert upward("models", "def f():\n    from eda.backends.base import Backend\n") == {"eda.backends.base"}
+
+
+def test_no_backend_knows_another() -> None:
+    """All may use the one on torch, which takes what they leave; only choice and loading know which there are."""
+    folder = ROOT / "eda" / "backends"
+    for path in folder.rglob("*.py"):
+        own = path.relative_to(folder).parts[0]
+        if own in {"choice.py", "loading.py"}:
+            continue
+        for name in imported_modules(path.read_text(encoding="utf-8")):
+            parts = name.split(".")
+            if parts[:2] == ["eda", "backends"] and parts[2] in {"cpu", "recorded"}:
+                assert parts[2] == own, f"{path} imports {name}"
+
+
+def test_modules_import_each_other_in_no_circle() -> None:
+    """Imports inside functions and for type checks count too."""
+    graph = {}
+    for top in ("eda", "adapters", "server"):
+        for path in (ROOT / top).rglob("*.py"):
+            inside = path.relative_to(ROOT).with_suffix("").parts
+            module = ".".join(inside if top == "eda" else ("eda", *inside))
+            graph[module] = set(imported_modules(path.read_text(encoding="utf-8")))
+    for module, imported in graph.items():
+        graph[module] = (imported & graph.keys()) - {module}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
+
+
 def test_the_check_sees_imports_inside_functions() -> None:
     source = (
         "def f():\n"
@@ -146,80 +149,8 @@ def test_the_check_sees_imports_inside_functions() -> None:
         "    import importlib\n"
         "    importlib.import_module('eda.adapters.store.store')\n"
     )
-    assert violations("eda", source) >= {"eda.server.app", "eda.adapters.store.store"}
-    assert violations("eda/models", "from eda import sampling\n") == {"eda.sampling"}
-    assert violations("eda/models", "import eda.samplings\n") == set()
-
-
-def own_modules() -> dict[str, Path]:
-    """By its import name, the file of each module of this project."""
-    found = {}
-    for folder in ("eda", "adapters", "server", "benchmarks", "recipes"):
-        for path in (ROOT / folder).rglob("*.py"):
-            parts = path.relative_to(ROOT).with_suffix("").parts
-            if folder in OTHER_NAMES:
-                parts = ("eda", *parts)
-            found[".".join(part for part in parts if part != "__init__")] = path
-    return found
-
-
-def import_graph() -> dict[str, set[str]]:
-    """What each module imports of this project, inside functions too, but not for types alone."""
-    modules = own_modules()
-    return {
-        name: (set(imported_modules(path.read_text("utf-8"), with_types=False)) & modules.keys()) - {name}
-        for name, path in modules.items()
-    }
-
-
-def test_there_is_no_circle_of_imports() -> None:
-    graph = import_graph()
-    assert sum(map(len, graph.values())) > 800, "the graph has what the files import"
-    try:
-        TopologicalSorter(graph).prepare()
-    except CycleError as error:
-        pytest.fail(f"a circle: {' -> '.join(error.args[1])}")
-
-
-def floors_of(graph: dict[str, set[str]]) -> dict[str, int]:
-    """By room of ``eda``, how many rooms lie one above the other up to it. Raises ``CycleError``."""
-    rooms: dict[str, set[str]] = {}
-    for name, imported in graph.items():
-        _, *parts = name.split(".")
-        if parts and parts[0] not in OTHER_NAMES:
-            below = rooms.setdefault(parts[0], set())
-            below |= {other.split(".")[1] for other in imported if other.count(".")} - {parts[0]}
-    floors: dict[str, int] = {}
-    for room in TopologicalSorter(rooms).static_order():
-        floors[room] = 1 + max((floors[below] for below in rooms[room]), default=0)
-    return floors
-
-
-def test_the_rooms_of_eda_lie_on_few_floors() -> None:
-    graph = {name: imported for name, imported in import_graph().items() if name.startswith("eda.")}
-    floors = floors_of(graph)
-    assert max(floors.values()) <= MOST_FLOORS, floors
-    order = ["formats", "models", "speculation", "backends", "decoder", "generation", "training"]
-    assert order == sorted(order, key=lambda room: floors[room])
-
-
-def test_the_check_of_floors_finds_circles() -> None:
-    graph = {"eda.low.a": set(), "eda.mid.b": {"eda.low.a"}, "eda.top": {"eda.mid.b", "eda.low.a"}}
-    assert floors_of(graph) == {"low": 1, "mid": 2, "top": 3}
-    with pytest.raises(CycleError):
-        floors_of(graph | {"eda.low.c": {"eda.top"}})
-
-
-@pytest.mark.parametrize("folder", ["eda", "adapters", "server"])
-def test_nobody_but_the_backends_knows_who_computes(folder: str) -> None:
-    """Outside they are one name for logs, and what they state of themselves (``eda/backends/base.py``)."""
-    found = {}
-    for path in (ROOT / folder).rglob("*.py"):
-        name = str(path.relative_to(ROOT))
-        mentions = set(WHO_COMPUTES.findall(path.read_text("utf-8"))) - MAY_MENTION.get(name, set())
-        if mentions and not name.startswith("eda/backends/"):
-            found[name] = mentions
-    assert found == {}
+    assert violations("eda", source) == {"eda.server.app", "eda.adapters.store.store"}
+    assert violations("adapters/serving", "from eda.adapters import worker\n") == {"eda.adapters.worker"}
 
 
 @pytest.mark.parametrize("package", ["eda", "adapters", "server"])
@@ -248,4 +179,59 @@ def test_modules_are_imported_by_one_name_only(folder: str) -> None:
             & {name.partition(".")[0] for name in imported_modules(path.read_text("utf-8"))}
         )
     }
+    assert found == {}
+
+
+MOST_FLOORS = 8
+
+
+def floors_of(graph: dict[str, set[str]]) -> dict[str, int]:
+    """By room of ``eda``, how many rooms lie one above the other up to it. Raises ``CycleError``."""
+    rooms: dict[str, set[str]] = {}
+    for name, imported in graph.items():
+        _, *parts = name.split(".")
+        if parts and parts[0] not in OTHER_NAMES:
+            below = rooms.setdefault(parts[0], set())
+            below |= {other.split(".")[1] for other in imported if other.startswith("eda.")} - {parts[0]}
+    floors: dict[str, int] = {}
+    for room in TopologicalSorter(rooms).static_order():
+        floors[room] = 1 + max((floors[below] for below in rooms[room]), default=0)
+    return floors
+
+
+def test_the_rooms_of_eda_lie_on_few_floors() -> None:
+    graph = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): set(imported_modules(path.read_text("utf-8")))
+        for path in (ROOT / "eda").rglob("*.py")
+    }
+    floors = floors_of(graph)
+    assert floors.keys() == {*STOREYS, "__init__"}
+    assert max(floors.values()) <= MOST_FLOORS, floors
+
+
+def test_the_check_of_floors_finds_circles() -> None:
+    graph = {"eda.low.a": set(), "eda.mid.b": {"eda.low.a"}, "eda.top": {"eda.mid.b", "eda.low.a"}}
+    assert floors_of(graph) == {"low": 1, "mid": 2, "top": 3}
+    with pytest.raises(CycleError):
+        floors_of(graph | {"eda.low.c": {"eda.top"}})
+
+
+WHO_COMPUTES = re.compile(
+    r"\b(CpuBody|TorchBody|has_kernel|BackendName|backend\.name|eda\.backends\.(?:cpu|eager|recorded))\b"
+)
+MAY_MENTION = {
+    "eda/models/target.py": {"TorchBody"},  # where it lives
+    "server/assembly.py": {"backend.name"},  # for the log
+}
+
+
+@pytest.mark.parametrize("folder", ["eda", "adapters", "server"])
+def test_nobody_but_the_backends_knows_who_computes(folder: str) -> None:
+    """Outside they are one name for logs, and what they state of themselves (``eda/backends/base.py``)."""
+    found = {}
+    for path in (ROOT / folder).rglob("*.py"):
+        name = str(path.relative_to(ROOT))
+        mentions = set(WHO_COMPUTES.findall(path.read_text("utf-8"))) - MAY_MENTION.get(name, set())
+        if mentions and not name.startswith("eda/backends/"):
+            found[name] = mentions
     assert found == {}

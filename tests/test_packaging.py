@@ -81,7 +81,7 @@ def test_everything_in_the_wheel_lies_in_eda(wheel: Path) -> None:
 def test_packages_of_others_keep_their_names(site: Path) -> None:
     code = """
 import adapters, server
-import eda.server.cli, eda.adapters.worker, eda.adapters.worker_process
+import eda.server.cli, eda.adapters.worker, eda.adapters.worker.worker_process
 import eda.server.graceful_server
 print(adapters.OWNER, server.OWNER, eda.server.__file__, eda.adapters.__file__, sep="\\n")
 """

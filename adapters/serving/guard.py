@@ -56,7 +56,7 @@ class LiveAcceptance:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class GuardVerdict:
     """What the guard found. ``version`` is ``None`` for the shared draft alone."""
 
     kind: Literal["roll_back", "alarm"]
@@ -150,14 +150,14 @@ class Guard:
         with self._lock:
             return set(self._alarmed)
 
-    def verdicts(self, active: dict[str, int | None]) -> list[Verdict]:
+    def verdicts(self, active: dict[str, int | None]) -> list[GuardVerdict]:
         """What is to be done about the ``active`` versions, by model. To be called about once a second."""
-        found: list[Verdict] = []
+        found: list[GuardVerdict] = []
         for model, version in active.items():
             if version is not None and (reason := self._is_harmful(model, version)):
-                found.append(Verdict("roll_back", model, version, reason))
+                found.append(GuardVerdict("roll_back", model, version, reason))
             if reason := self._is_new_alarm(model, version):
-                found.append(Verdict("alarm", model, version, reason))
+                found.append(GuardVerdict("alarm", model, version, reason))
         return found
 
     def _is_harmful(self, model: str, version: int) -> str | None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from eda.adapters.serving.catalog import CatalogEntry
 from eda.adapters.store.manifest import Manifest
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.models.target import FineTune
 
 
 @dataclass(frozen=True, slots=True)

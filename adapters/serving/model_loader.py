@@ -9,15 +9,16 @@ from eda.adapters.store.store import AdapterStore
 from eda.adapters.store.tensors import refuse_unsafe_files
 from eda.adapters.templates.renderer import TemplateRenderer
 from eda.backends.loading import load_fine_tune
-from eda.errors import CheckpointError, EdaError, MismatchError
+from eda.errors import CheckpointError, EdaError
 from eda.files import PRIVATE_WEIGHTS_FILE
 from eda.formats.chat_template import ChatTemplateError
-from eda.formats.checkpoint import ADAPTER_CONFIG_FILE
+from eda.formats.checkpoint_files import ADAPTER_CONFIG_FILE
 from eda.formats.fingerprint import fingerprint_directory
-from eda.models.draft import DraftModel
+from eda.models.draft import DraftModel, check_draft_fits, check_private_fits
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateConfig, PrivateModule
 from eda.models.probe import require_usable
-from eda.models.target import FineTune, TargetModel
+from eda.models.target import TargetModel
 
 
 class Loader(Protocol):
@@ -56,11 +57,8 @@ class ModelLoader:
         require_usable(self.base)
         self.draft = draft
         self.draft_fingerprint = draft.fingerprint() if draft is not None else ""
-        if draft is not None and draft.config.target_fingerprint not in ("", base.fingerprint):
-            raise MismatchError(
-                f"the shared draft was trained for the target {draft.config.target_fingerprint[:16]}; "
-                f"the one served here is {base.fingerprint[:16]}"
-            )
+        if draft is not None:
+            check_draft_fits(draft, base)
 
     def fine_tune(self, path: Path, name: str) -> FineTune:
         """Raises ``CheckpointError`` (or one of its kinds) for what is no fine-tune of the base."""
@@ -108,17 +106,7 @@ def load_private_module(directory: Path, manifest: Manifest, draft: DraftModel) 
     refuse_unsafe_files(directory)
     try:
         config = PrivateConfig(**manifest.sizes)
-        if (config.hidden_size, config.num_features) != (draft.config.hidden_size, draft.config.num_features):
-            raise MismatchError(
-                f"its width is {config.hidden_size} and its features {config.num_features}; the shared draft has "
-                f"{draft.config.hidden_size} and {draft.config.num_features}"
-            )
-        attention = (draft.config.query_size, draft.config.kv_size)
-        if config.attention_rank and (config.query_size, config.kv_size) != attention:
-            raise MismatchError(
-                f"its queries are {config.query_size} wide and its keys {config.kv_size}; the shared draft's are "
-                f"{attention[0]} and {attention[1]}"
-            )
+        check_private_fits(config, draft.config)
         weight = draft.fc.weight
         return PrivateModule.load(
             directory / PRIVATE_WEIGHTS_FILE, config, dtype=weight.dtype, device=weight.device

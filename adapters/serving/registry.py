@@ -12,12 +12,12 @@ from pathlib import Path
 
 from eda.adapters.errors import AdapterServiceError, ConflictError, CorruptVersionError, UnknownModelError
 from eda.adapters.serving.catalog import Catalog, CatalogEntry
-from eda.adapters.serving.guard import Guard, Verdict
+from eda.adapters.serving.guard import Guard, GuardVerdict
 from eda.adapters.serving.leases import ActiveVersion, Lease, Served, ServedModel
 from eda.adapters.serving.model_loader import Loader
 from eda.adapters.store.store import AdapterStore, Problem
 from eda.errors import EdaError
-from eda.models.target import FineTune
+from eda.models.fine_tune import FineTune
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ class AdapterRegistry:
             self.catalog.begin_deletion(name)
             self.sync()
 
-    def apply(self, verdict: Verdict) -> None:
+    def apply(self, verdict: GuardVerdict) -> None:
         """Acts on what the guard found."""
         with self._changing:
             with self._lock:

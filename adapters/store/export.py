@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eda.adapters.errors import ConflictError, InvalidInputError
+from eda.adapters.errors import ConflictError
 from eda.adapters.store.files import sync_tree
 from eda.adapters.store.manifest import Manifest
 from eda.formats.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE
-from eda.models.draft import DraftConfig, DraftModel
+from eda.models.draft import DraftConfig, DraftModel, check_private_fits
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.models.target import FineTune
 
 ExportType = Literal["auto", "bfloat16", "float32"]
 EXPORT_TYPES: tuple[ExportType, ...] = ("auto", "bfloat16", "float32")
@@ -48,12 +48,13 @@ def export_draft(
         with_embeddings: write the fine-tune's embeddings too. Engines take the target's otherwise, so those of a LoRA
             that changes them are always written.
 
-    Returns the configuration. Raises ``ConflictError`` when ``directory`` exists, ``InvalidInputError`` for a private
+    Returns the configuration. Raises ``ConflictError`` when ``directory`` exists, ``MismatchError`` for a private
     module of another draft's sizes.
     """
     if directory.exists():
         raise ConflictError(f"{directory} exists; name a directory that does not", param="out")
-    _check_sizes(draft.config, private)
+    if private is not None:
+        check_private_fits(private.config, draft.config)
     tensors = _tensors(draft, fine_tune, private)
     lora = fine_tune.lora
     if with_embeddings or (
@@ -79,17 +80,6 @@ def export_draft(
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     return config
-
-
-def _check_sizes(config: DraftConfig, private: PrivateModule | None) -> None:
-    if private is None:
-        return
-    sizes = private.config
-    if (sizes.hidden_size, sizes.num_features) != (config.hidden_size, config.num_features):
-        raise InvalidInputError(
-            f"the private module is for a draft of width {sizes.hidden_size} with {sizes.num_features} features; "
-            f"this one has {config.hidden_size} and {config.num_features}"
-        )
 
 
 @torch.no_grad()

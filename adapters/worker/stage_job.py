@@ -19,7 +19,8 @@ from eda.backends.loading import load_fine_tune, load_target
 from eda.decoder import SpeculativeDecoder
 from eda.errors import DataError, MismatchError
 from eda.models.draft import DraftModel
-from eda.models.target import FineTune, TargetModel
+from eda.models.fine_tune import FineTune
+from eda.models.target import TargetModel
 from eda.training.data.prompts import ChatFormat, Prompt, read_prompts, split_held_out
 from eda.training.data.regenerate import RegenerationConfig
 from eda.training.data.samples import SAMPLES_FILE, Sample, read_samples

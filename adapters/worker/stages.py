@@ -20,14 +20,14 @@ from eda.adapters.worker.stage_job import StageJob, StageModels
 from eda.decoder import SpeculativeDecoder
 from eda.errors import DataError
 from eda.files import PRIVATE_WEIGHTS_FILE
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateConfig, PrivateModule
-from eda.models.target import FineTune
 from eda.training.data.prompts import Prompt
 from eda.training.data.regenerate import RegenerationConfig, RegenerationReport, regenerate
 from eda.training.data.samples import SAMPLES_FILE, Sample, read_samples, write_samples
 from eda.training.data.scores import DEFAULT_SCORE, Score
 from eda.training.data.selection import score_samples, select
-from eda.training.evaluate import PLAIN, EvaluationConfig, Measurement, Variant, evaluate
+from eda.training.evaluate import PLAIN, EvaluationConfig, Variant, VariantMeasurement, evaluate
 from eda.training.files import provenance
 from eda.training.learning.trainees import private_share
 from eda.training.learning.trainer import TrainingConfig
@@ -339,7 +339,7 @@ def stages_for_claim(settings: WorkerSettings, claim: Claim) -> tuple[Stage, ...
     return stages_of(StageJob(claim.spec, models, store, permit=claim.require_permission_to_publish))
 
 
-def _summary(measured: dict[str, Measurement]) -> Result:
+def _summary(measured: dict[str, VariantMeasurement]) -> Result:
     """The greedy figures, and those at other temperatures under "by_temperature"."""
     first = next(iter(measured.values()))
     by_temperature = {temperature: asdict(figures) for temperature, figures in measured.items()}

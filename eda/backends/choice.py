@@ -24,7 +24,8 @@ from eda.backends.recorded.replay import CudaGraphBackend, GraphCache, Recorder
 from eda.backends.recorded.shapes import MAX_TOKENS, ROWS, WARM_UP_KEYS
 from eda.backends.recorded.target import RecordedTarget
 from eda.models.draft import DraftModel
-from eda.models.target import FineTune, TargetModel
+from eda.models.fine_tune import FineTune
+from eda.models.target import TargetModel
 from eda.speculation.costs import DraftCosts
 from eda.speculation.kinds import Chain, Lookup, Speculation, Tree
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from eda.models.attention import AttentionRow, PackedBatch
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateSegment
-from eda.models.target import FineTune
 from eda.speculation.proposal import Proposal
 from eda.speculation.sequence import SequenceState
 from eda.transfers import upload
@@ -42,9 +42,9 @@ class Reading:
             length = features.shape[0]
             parts.append(features)
             lengths.append(length)
-            known.append(state.draft_length)
-            tokens += state.token_ids[state.draft_length + 1 : state.draft_length + 1 + length]
-            state.draft_length += length
+            known.append(state.num_draft_cached)
+            tokens += state.token_ids[state.num_draft_cached + 1 : state.num_draft_cached + 1 + length]
+            state.num_draft_cached += length
         return cls(states, parts[0] if len(parts) == 1 else torch.cat(parts), lengths, known, tokens)
 
 
@@ -118,7 +118,7 @@ def place_tokens(
         if ancestors is None:
             positions.extend(range(length, length + count))
         else:
-            positions.extend([state.draft_length + depth] * count)
+            positions.extend([state.num_draft_cached + depth] * count)
     packed = upload([positions, slots], device)
     return PackedBatch(packed[0], packed[1], rows)
 

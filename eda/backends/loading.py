@@ -8,12 +8,14 @@ import torch
 from eda.backends.cpu.body import CpuBody
 from eda.backends.cpu.target import supports
 from eda.errors import MismatchError
-from eda.formats.checkpoint import ADAPTER_CONFIG_FILE, resolve_directory, vocabulary
+from eda.formats.checkpoint import vocabulary
+from eda.formats.checkpoint_files import ADAPTER_CONFIG_FILE, resolve_directory
 from eda.formats.config import ModelConfig
 from eda.formats.model_files import open_model
 from eda.formats.tokenizer_files import load_own_tokenizer
+from eda.models.fine_tune import FineTune
 from eda.models.lora import LoraAdapter
-from eda.models.target import FineTune, TargetModel, TorchBody
+from eda.models.target import TargetModel, TorchBody
 
 # A fine-tune shares the base's draft, whose cache and features have these sizes.
 _SHARED_SIZES = (

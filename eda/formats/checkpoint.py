@@ -12,33 +12,15 @@ from torch import Tensor
 
 from eda.errors import CheckpointError
 from eda.formats.checkpoint_files import (
-    ADAPTER_CONFIG_FILE,
     TensorEntry,
     adapter_entries,
     listed,
     model_entries,
-    read_header,
     read_json,
-    resolve_directory,
 )
 from eda.formats.config import ModelConfig
 from eda.formats.json_files import MIB
 from eda.formats.quantised import QuantisedWeight
-
-__all__ = [
-    "ADAPTER_CONFIG_FILE",
-    "Checkpoint",
-    "Projection",
-    "TensorEntry",
-    "copy_weights",
-    "layer_projections",
-    "listed",
-    "read_header",
-    "require_finite",
-    "require_tensors",
-    "resolve_directory",
-    "vocabulary",
-]
 
 MAX_WEIGHT = 65_504.0
 """Largest magnitude of a weight: float16's. Products of larger ones soon leave the range of bfloat16 and float32."""

@@ -11,13 +11,9 @@ from eda.errors import CheckpointError, UnsupportedModelError
 from eda.formats.checkpoint_files import read_json
 from eda.formats.config_fields import (
     MODEL_TYPES,
-    SUPPORTED_ARCHITECTURES,
-    SUPPORTED_ROPE_TYPES,
     end_tokens,
     read_fields,
 )
-
-__all__ = ["SUPPORTED_ARCHITECTURES", "SUPPORTED_ROPE_TYPES", "ModelConfig", "RopeConfig", "read_json"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from eda.formats.checkpoint import ADAPTER_CONFIG_FILE, Checkpoint, WeightSource
-from eda.formats.checkpoint_files import read_json
+from eda.formats.checkpoint import Checkpoint, WeightSource
+from eda.formats.checkpoint_files import ADAPTER_CONFIG_FILE, read_json
 from eda.formats.config import ModelConfig
 from eda.formats.lora_config import LoraConfig
 

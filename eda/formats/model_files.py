@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from eda.formats.checkpoint import Checkpoint, WeightSource, resolve_directory
-from eda.formats.checkpoint_files import is_gguf
+from eda.formats.checkpoint import Checkpoint, WeightSource
+from eda.formats.checkpoint_files import is_gguf, resolve_directory
 from eda.formats.config import ModelConfig
 from eda.formats.fingerprint import fingerprint_model
 from eda.formats.gguf_file.checkpoint import GgufCheckpoint

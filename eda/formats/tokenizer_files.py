@@ -10,8 +10,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from eda.errors import CheckpointError, MismatchError
 from eda.formats.chat_template import template_source
-from eda.formats.checkpoint_files import is_gguf
-from eda.formats.config import read_json
+from eda.formats.checkpoint_files import is_gguf, read_json
 from eda.formats.gguf_file.tokenizer import read_tokenizer
 from eda.formats.tokenizer import TextTokenizer
 

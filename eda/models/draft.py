@@ -29,7 +29,7 @@ from eda.formats.config import RopeConfig
 from eda.formats.draft_files import read_draft_fields, require_draft_tensors
 from eda.models.attention import PackedBatch, masks_for
 from eda.models.cache import KVCache
-from eda.models.layers import Attention, FeedForward, RMSNorm, RotaryEmbedding
+from eda.models.layers import Attention, FeedForward, RMSNorm
 from eda.models.private import (
     PrivateConfig,
     PrivateSegment,
@@ -38,6 +38,8 @@ from eda.models.private import (
     add_private_output,
     add_private_qkv,
 )
+from eda.models.rotary import RotaryEmbedding
+from eda.models.target import TargetModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,3 +257,35 @@ class DraftModel(nn.Module):
 
 def _dtype_of(weight: Tensor) -> torch.dtype:
     return torch.float32 if weight.is_floating_point() else weight.dtype
+
+
+def check_draft_fits(draft: DraftModel, target: TargetModel) -> None:
+    """Raises ``MismatchError`` when the draft was made for another target, by sizes or by fingerprint."""
+    for name in ("hidden_size", "vocab_size"):
+        theirs, ours = getattr(target.config, name), getattr(draft.config, name)
+        if theirs != ours:
+            raise MismatchError(f"the draft was made for {name} {ours}; the target has {theirs}")
+    if max(draft.config.tap_layers) >= target.config.num_layers:
+        raise MismatchError(
+            f"the draft taps layers {draft.config.tap_layers}; the target has {target.config.num_layers} layers"
+        )
+    recorded = draft.config.target_fingerprint
+    if recorded and recorded != target.fingerprint:
+        raise MismatchError(
+            f"the draft was trained for the target {recorded[:16]}...; this target is {target.fingerprint[:16]}..."
+        )
+
+
+def check_private_fits(private: PrivateConfig, draft: DraftConfig) -> None:
+    """Raises ``MismatchError`` when a private module of these sizes was made for another draft."""
+    if (private.hidden_size, private.num_features) != (draft.hidden_size, draft.num_features):
+        raise MismatchError(
+            f"the private module has width {private.hidden_size} and {private.num_features} features; the shared draft "
+            f"has {draft.hidden_size} and {draft.num_features}"
+        )
+    attention = (draft.query_size, draft.kv_size)
+    if private.attention_rank and (private.query_size, private.kv_size) != attention:
+        raise MismatchError(
+            f"the private module's queries are {private.query_size} wide and its keys {private.kv_size}; the shared "
+            f"draft's are {attention[0]} and {attention[1]}"
+        )

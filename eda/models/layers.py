@@ -11,9 +11,7 @@ from eda.models.attention import PackedBatch, attend
 from eda.models.cache import KVCache
 from eda.models.linear import Linear
 from eda.models.lora import LoraSegment, add_low_rank
-from eda.models.rotary import RotaryEmbedding, apply_rotary, rotate
-
-__all__ = ["Attention", "DecoderLayer", "FeedForward", "RMSNorm", "RotaryEmbedding", "apply_rotary"]
+from eda.models.rotary import rotate
 
 
 class RMSNorm(nn.Module):

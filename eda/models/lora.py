@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from eda.errors import CheckpointError, MismatchError, UnsupportedModelError
-from eda.formats.checkpoint import Checkpoint, Projection, layer_projections, listed, require_finite
+from eda.formats.checkpoint import Checkpoint, Projection, layer_projections, require_finite
+from eda.formats.checkpoint_files import listed
 from eda.formats.config import ModelConfig
 from eda.formats.fingerprint import fingerprint_directory
 from eda.formats.lora_config import LoraConfig

@@ -21,7 +21,6 @@ from torch.nn import functional
 from eda.errors import CheckpointError, MismatchError
 from eda.formats.checkpoint import require_finite
 from eda.formats.checkpoint_files import FLOAT_TYPES, listed, read_header
-from eda.models.layers import FeedForward
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,22 +241,3 @@ def _add_by_segment(
         span = slice(segment.start, segment.end)
         output[span] += part(segment.module, inputs[span])
     return output
-
-
-def concatenated(shared: FeedForward, private: PrivateModule) -> FeedForward:
-    """One plain feed-forward network that equals ``shared(x) + private(x)``.
-
-    Gate and up rows are stacked and down columns are joined, so the sum over intermediate units is the sum of the two
-    networks. Raises ``ValueError`` when the private module has no feed-forward network.
-    """
-    size = private.config.intermediate_size
-    if size == 0:
-        raise ValueError("the private module has intermediate_size 0; there is no network to concatenate")
-    shared_gate, shared_up = shared.gate_up_proj.weight.chunk(2)
-    private_gate, private_up = private.gate_up_proj.to(shared_gate.dtype).chunk(2)
-    joined = FeedForward(private.config.hidden_size, shared_gate.shape[0] + size)
-    joined.gate_up_proj.weight.data = torch.cat([shared_gate, private_gate, shared_up, private_up])
-    joined.down_proj.weight.data = torch.cat(
-        [shared.down_proj.weight, private.down_proj.to(shared_gate.dtype)], dim=1
-    )
-    return joined.requires_grad_(False)

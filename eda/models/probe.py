@@ -4,7 +4,7 @@ import torch
 
 from eda.errors import CheckpointError
 from eda.models.attention import AttentionRow, PackedBatch
-from eda.models.target import FineTune
+from eda.models.fine_tune import FineTune
 
 
 @torch.inference_mode()

@@ -17,13 +17,12 @@ from eda.formats.checkpoint import (
 )
 from eda.formats.config import ModelConfig
 from eda.formats.model_files import open_model
-from eda.formats.tokenizer import TextTokenizer
 from eda.models.answers import Answer, Logits, Need
 from eda.models.attention import PackedBatch, masks_for
 from eda.models.cache import KVCache
 from eda.models.layers import DecoderLayer, RMSNorm
 from eda.models.linear import packed_linear, packed_weight
-from eda.models.lora import LoraAdapter, LoraSegment, add_low_rank
+from eda.models.lora import LoraSegment, add_low_rank
 from eda.models.rotary import RotaryEmbedding
 from eda.transfers import upload
 
@@ -296,58 +295,6 @@ class TargetModel(nn.Module):
         ``lora_segments`` count these ``N`` rows, not the tokens of the pass.
         """
         return self.body.logits(self, hidden, lora_segments).float()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class FineTune:
-    """What a request's ``model`` resolves to: a target, with or without a LoRA on it."""
-
-    name: str
-    model: TargetModel
-    lora: LoraAdapter | None = None
-    tokenizer: TextTokenizer | None = None
-    """Its own, where its directory brings tokens, end tokens or a chat template that the base's does not have."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the weights that produce the output: the target's, joined with the LoRA's where there is one."""
-        return (
-            self.model.fingerprint
-            if self.lora is None
-            else f"{self.model.fingerprint}+{self.lora.fingerprint}"
-        )
-
-    @property
-    def output_key(self) -> str:
-        """Equal for fine-tunes with the same output layer, so that rows taken from it can be shared."""
-        own = self.lora is not None and (self.lora.head is not None or self.lora.head_weight is not None)
-        return self.fingerprint if own else self.model.fingerprint
-
-    def lora_segments(self, start: int, end: int) -> tuple[LoraSegment, ...]:
-        """The LoRA on tokens ``start`` to ``end``; empty without one."""
-        return () if self.lora is None else (LoraSegment(self.lora, start, end),)
-
-    @property
-    def output_owner(self) -> "TargetModel | LoraAdapter":
-        """What holds the embeddings and the output layer: LoRAs that leave them alone share their target's."""
-        lora = self.lora
-        if lora is None:
-            return self.model
-        parts = (lora.embedding, lora.embedding_weight, lora.head, lora.head_weight)
-        return self.model if all(part is None for part in parts) else lora
-
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """This fine-tune's embeddings ``[T, hidden_size]`` of ``token_ids`` ``[T]``."""
-        return self.model.embed(token_ids, self.lora_segments(0, token_ids.shape[0]))
-
-    def head_rows(self, token_ids: Tensor) -> Tensor:
-        """Rows ``[n, hidden_size]`` of this fine-tune's output layer for ``token_ids`` ``[n]``, LoRA merged in."""
-        if self.lora is None:
-            return self.model.head[token_ids]
-        rows = (self.model.head if self.lora.head_weight is None else self.lora.head_weight)[token_ids]
-        if self.lora.head is not None:
-            rows = rows + self.lora.head.blocks[0].b[token_ids] @ self.lora.head.a
-        return rows
 
 
 def automatic_dtype(device: torch.device | str) -> torch.dtype:

@@ -7,21 +7,8 @@ from torch import Tensor
 
 from eda.sampling.noise import gumbel_noise
 from eda.sampling.params import SamplingParams
-from eda.sampling.processors import LogitsContext, TokenHistory, edit_logits, process_logits
+from eda.sampling.processors import LogitsContext, edit_logits, process_logits
 from eda.transfers import upload
-
-__all__ = [
-    "LogitsContext",
-    "SamplingParams",
-    "TokenHistory",
-    "add_noise",
-    "draft_scores",
-    "draw",
-    "draw_uniforms",
-    "gumbel_noise",
-    "process_logits",
-    "propose_chain_tokens",
-]
 
 
 def draw_uniforms(count: int, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -103,7 +90,7 @@ def propose_chain_tokens(
     """
     processed = process_logits(draft_logits, contexts, draft_token_ids)
     seeds = [_noise_seed(context.params) for context in contexts]
-    drawn_rows = [row for row, context in enumerate(contexts) if context.params.is_sampled]
+    drawn_rows = [row for row, context in enumerate(contexts) if context.params.draws_freely]
     if not drawn_rows:
         return add_noise(processed, seeds, positions, draft_token_ids, vocab_size).argmax(-1), None
     # A draft whose logits are not finite must not harm the output: probability 0 makes verification reject.
@@ -111,7 +98,7 @@ def propose_chain_tokens(
     columns = draw(draft_probs, generator)
     if len(drawn_rows) < len(contexts):
         best = add_noise(processed, seeds, positions, draft_token_ids, vocab_size).argmax(-1)
-        is_drawn = upload([context.params.is_sampled for context in contexts], columns.device)
+        is_drawn = upload([context.params.draws_freely for context in contexts], columns.device)
         columns = torch.where(is_drawn, columns, best)
     return columns, draft_probs
 

@@ -137,7 +137,7 @@ class SamplingParams:
         return self.temperature < _SMALLEST_TEMPERATURE
 
     @property
-    def is_sampled(self) -> bool:
+    def draws_freely(self) -> bool:
         """Whether tokens are drawn from a generator: neither greedy nor seeded."""
         return self.seed is None and not self.is_greedy
 

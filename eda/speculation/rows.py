@@ -68,7 +68,7 @@ class StepRow:
         )
 
 
-def pack(rows: Sequence[PassRow], device: torch.device) -> tuple[Tensor, PackedBatch]:
+def pack_rows(rows: Sequence[PassRow], device: torch.device) -> tuple[Tensor, PackedBatch]:
     """Token ids ``[T]`` and batch of ``rows``, one behind the other."""
     tokens: list[int] = []
     positions: list[int] = []

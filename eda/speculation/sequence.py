@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from eda.models.cache import Extent
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.models.target import FineTune
-from eda.sampling.draws import SamplingParams, TokenHistory
+from eda.sampling.params import SamplingParams
+from eda.sampling.processors import TokenHistory
 from eda.speculation.kinds import Chain, Off, Speculation
 from eda.transfers import upload
 
@@ -35,7 +36,8 @@ class SequenceState:
     """Fixed at the start: whether target features are kept for a draft that reads them."""
     extent: Extent | None = field(init=False, default=None)
     history: TokenHistory | None = field(init=False, default=None)
-    draft_length: int = field(init=False, default=0)
+    num_draft_cached: int = field(init=False, default=0)
+    """Tokens whose draft keys and values are in the draft's cache."""
     _pending: list[Tensor] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
@@ -66,11 +68,6 @@ class SequenceState:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def is_sampled(self) -> bool:
-        """Whether draft tokens are drawn at random, so that verification needs their probabilities."""
-        return not self.sampling.is_greedy and self.sampling.seed is None
-
-    @property
     def min_probability(self) -> float:
         """Joint draft probability below which its chains end."""
         return self.speculation.min_probability if isinstance(self.speculation, Chain) else 0.0
@@ -88,7 +85,7 @@ class SequenceState:
 
     @property
     def num_pending_features(self) -> int:
-        return self.num_computed - self.draft_length if self.reads_features else 0
+        return self.num_computed - self.num_draft_cached if self.reads_features else 0
 
     @property
     def pending_bytes(self) -> int:

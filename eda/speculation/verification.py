@@ -148,8 +148,8 @@ def _outcomes(
 ) -> list[Outcome]:
     """What comes of rows of any kind; the token is -1 where the logits that it would be chosen by are not finite."""
     processed = _process(logits, rows)
-    sampled = [index for index, row in enumerate(rows) if row.sampling.is_sampled]
-    walked = [index for index, row in enumerate(rows) if not row.sampling.is_sampled]
+    sampled = [index for index, row in enumerate(rows) if row.sampling.draws_freely]
+    walked = [index for index, row in enumerate(rows) if not row.sampling.draws_freely]
     outcomes: dict[int, Outcome] = {}
     if walked:
         part = _select(processed, _lines(rows, starts, walked))

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from eda.decoder import SpeculativeDecoder
 from eda.generation import Generation, GenerationRequest, Throughput, generate, summarise
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.models.target import FineTune
-from eda.sampling.draws import SamplingParams
+from eda.sampling.params import SamplingParams
 from eda.speculation.kinds import Chain, Off, Speculation
 from eda.training.data.prompts import ChatFormat, Prompt, encode_prompts
 from eda.training.files import provenance, write_json
@@ -62,7 +62,7 @@ class Variant:
 
 
 @dataclass(frozen=True, slots=True)
-class Measurement:
+class VariantMeasurement:
     """One variant at one temperature.
 
     Attributes:
@@ -94,7 +94,7 @@ def evaluate(
     output: Path | None = None,
     on_progress: OnProgress = ignore_progress,
     should_stop: ShouldStop = never_stop,
-) -> dict[str, dict[str, Measurement]]:
+) -> dict[str, dict[str, VariantMeasurement]]:
     """Measurements by variant and by temperature ("0.0", "1.0").
 
     Args:
@@ -126,7 +126,7 @@ def evaluate(
             seconds[key] = seconds.get(key, 0.0) + time.perf_counter() - start
             generations.setdefault(key, []).extend(made)
         on_progress(ProgressEvent("evaluate", place + 1, total))
-    measured: dict[str, dict[str, Measurement]] = {name: {} for name in names}
+    measured: dict[str, dict[str, VariantMeasurement]] = {name: {} for name in names}
     for (name, temperature), made in generations.items():
         plain = (PLAIN, temperature)
         rate = None
@@ -178,11 +178,13 @@ def _decode(
     return generate(variant.decoder, fine_tune, requests, max_batch=config.batch_size)
 
 
-def _measurement(generations: Sequence[Generation], seconds: float, plain_rate: float | None) -> Measurement:
+def _measurement(
+    generations: Sequence[Generation], seconds: float, plain_rate: float | None
+) -> VariantMeasurement:
     whole: Throughput = summarise(generations, seconds)
     straight = [generation for generation in generations if not loops(generation.token_ids)]
     rate = whole.tokens_per_second
-    return Measurement(
+    return VariantMeasurement(
         num_prompts=len(generations),
         num_tokens=whole.num_tokens,
         seconds=seconds,

@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 from eda.errors import TrainingError
 from eda.files import PRIVATE_WEIGHTS_FILE
 from eda.models.draft import DraftModel
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.models.target import FineTune
 from eda.training.data.dataset import Dataset
 from eda.training.data.samples import Sample
 from eda.training.data.target_states import DEFAULT_MEMORY_BYTES, StateCache

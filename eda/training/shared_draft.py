@@ -11,7 +11,8 @@ from eda.decoder import SpeculativeDecoder
 from eda.errors import TrainingError
 from eda.formats.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE
 from eda.models.draft import DraftConfig, DraftModel
-from eda.models.target import FineTune, TargetModel, default_tap_layers
+from eda.models.fine_tune import FineTune
+from eda.models.target import TargetModel, default_tap_layers
 from eda.training.data.dataset import Dataset
 from eda.training.data.prompts import ChatFormat, Prompt, split_held_out
 from eda.training.data.regenerate import RegenerationConfig, regenerate

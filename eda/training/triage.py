@@ -9,7 +9,7 @@ from pathlib import Path
 
 from eda.decoder import SpeculativeDecoder
 from eda.models.draft import DraftModel
-from eda.models.target import FineTune
+from eda.models.fine_tune import FineTune
 from eda.training.data.dataset import Dataset
 from eda.training.data.prompts import ChatFormat, Prompt
 from eda.training.data.regenerate import RegenerationConfig, regenerate

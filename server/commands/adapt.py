@@ -128,7 +128,7 @@ def _specification(
     triage: bool,
 ) -> AdaptationSpec:
     """The job. Its id follows from everything that decides the result, so the same command finds its files again."""
-    from eda.formats.checkpoint import ADAPTER_CONFIG_FILE, resolve_directory
+    from eda.formats.checkpoint_files import ADAPTER_CONFIG_FILE, resolve_directory
     from eda.formats.fingerprint import fingerprint_directory
     from eda.formats.model_files import open_model
     from eda.models.draft import DraftModel

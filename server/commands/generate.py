@@ -57,7 +57,7 @@ def generate(
     """
     from eda.formats.chat_template import ChatTemplateError
     from eda.generation import GenerationRequest
-    from eda.sampling.draws import SamplingParams
+    from eda.sampling.params import SamplingParams
     from eda.server.single_model import load_model, prompt_ids, run_generation, used_draft
     from eda.speculation.kinds import Chain, Lookup, Off, Speculation, Tree
 

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from eda.backends.loading import load_target
 from eda.errors import EdaError
 from eda.server.settings import ConfigurationError
 from eda.training.data.prompts import ChatFormat, Prompt, read_prompts, read_texts
@@ -72,6 +71,7 @@ def train_draft(
     """
     import torch
 
+    from eda.backends.loading import load_target
     from eda.server.commands.progress_bars import progress_bars, stop_on_interrupt
     from eda.server.models import choose_device
     from eda.training.data.regenerate import RegenerationConfig

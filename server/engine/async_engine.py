@@ -106,10 +106,34 @@ class AsyncEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._streams: dict[int, OutputStream] = {}
 
+    # What the engine's thread knows. Any thread may ask.
+
+    def fits(self, sequence: Sequence) -> bool:
+        """Whether the sequence would fit into an empty cache."""
+        return self._engine.fits(sequence)
+
     @property
-    def engine(self) -> Engine:
-        """The engine's own view: counts, progress and failure. Any thread may read them."""
-        return self._engine
+    def num_running(self) -> int:
+        return self._engine.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return self._engine.num_waiting
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs and has not failed."""
+        return self._engine.is_alive
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What the thread died of."""
+        return self._engine.failure
+
+    @property
+    def seconds_without_progress(self) -> float:
+        """How long ago a step ended, or 0 when there is nothing to do."""
+        return self._engine.seconds_without_progress
 
     def speculation_for(self, draft: DraftMode) -> Speculation:
         """What a new sequence must be admitted with, so that any level chosen later has its slots."""

@@ -171,10 +171,6 @@ class Engine:
         return not self._thread.is_alive()
 
     @property
-    def is_accepting(self) -> bool:
-        return self._accepting
-
-    @property
     def is_alive(self) -> bool:
         return self._thread.is_alive() and self.failure is None
 

@@ -4,10 +4,11 @@ from bisect import insort
 from dataclasses import dataclass
 from typing import Protocol
 
-from eda.decoder import ScheduledRow, SequenceState, StepResult
+from eda.decoder import ScheduledRow, StepResult
 from eda.server.engine.sequence import Sequence, SequenceStatus
 from eda.server.engine.speculation import SpeculationPolicy
 from eda.server.engine.stopping import FinishReason
+from eda.speculation.sequence import SequenceState
 
 
 class Decoder(Protocol):

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
-from eda.decoder import SequenceState, StepResult
+from eda.decoder import StepResult
 from eda.server.engine.draft_mode import DraftMode
 from eda.server.engine.stopping import FinishReason, StopChecker
+from eda.speculation.sequence import SequenceState
 from eda.speculation.verification import TokenLogprobs
 
 

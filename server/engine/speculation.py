@@ -84,12 +84,12 @@ class SpeculationTable:
 
     @classmethod
     def default(cls, costs: DraftCosts | None = None) -> Self:
-        """For machines that nothing was measured on; ``costs`` are a backend's.
+        """For machines without a calibration; ``costs`` are a backend's.
 
-        Where every further token makes the target's pass clearly longer: chains that end where the draft is unsure,
-        and none from four sequences on, where they were measured to lose (docs/performance.md). At a temperature about
-        half of the draft's tokens are accepted, sure or not, so that chains are shorter and how probable a drawn token
-        was says little.
+        Where every further token makes the target's pass clearly longer, chains end where the draft is unsure, and from
+        four sequences on there are none, since they were measured to lose (docs/measurements/performance.md). At a
+        temperature about half of the draft's tokens are accepted, sure or not: chains are shorter, and how probable a
+        drawn token was says little.
         """
         costs = costs or DraftCosts()
         if costs.verification_cost >= DEAR_VERIFICATION:

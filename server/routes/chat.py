@@ -1,6 +1,5 @@
 """``POST /v1/chat/completions``."""
 
-import time
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -32,9 +31,9 @@ class ChatRenderer(Renderer):
     """Chat completions: the first chunk of a choice has the role, the last one the finish reason."""
 
     def __init__(self, body: ChatCompletionRequest, tokenizer: TextTokenizer) -> None:
+        super().__init__(body, wants_logprobs=bool(body.logprobs))
         self._body = body
         self._tokenizer = tokenizer
-        self._created = int(time.time())
 
     def body(self, request: PreparedRequest, outputs: list[Collected]) -> BaseModel:
         return ChatCompletionResponse(
@@ -49,19 +48,14 @@ class ChatRenderer(Renderer):
 
     def opening(self, request: PreparedRequest) -> Iterator[BaseModel]:
         for index in range(len(request.sequences)):
-            chunk = self._chunk(request)
+            chunk = self.empty_chunk(request)
             chunk.choices = [ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content=""))]
             if self._body.return_token_ids and index == 0:
                 chunk.prompt_token_ids = request.prompts[0]
             yield chunk
 
-    def chunk(
-        self, request: PreparedRequest, index: int, delta: SequenceDelta, is_last: bool
-    ) -> BaseModel | None:
-        wants_tokens = self._body.return_token_ids or self._body.logprobs
-        if not delta.text and delta.finish_reason is None and not (wants_tokens and delta.token_ids):
-            return None
-        chunk = self._chunk(request)
+    def news(self, request: PreparedRequest, index: int, delta: SequenceDelta) -> ChatCompletionChunk:
+        chunk = self.empty_chunk(request)
         chunk.choices = [
             ChatChunkChoice(
                 index=index,
@@ -72,20 +66,12 @@ class ChatRenderer(Renderer):
                 token_ids=list(delta.token_ids) if self._body.return_token_ids else None,
             )
         ]
-        if is_last and not self._body.includes_usage:
-            chunk.metrics = metrics_of(request)
         return chunk
-
-    def closing(self, request: PreparedRequest) -> Iterator[BaseModel]:
-        if self._body.includes_usage:
-            chunk = self._chunk(request)
-            chunk.usage, chunk.metrics = usage_of(request), metrics_of(request)
-            yield chunk
 
     def _id(self, request: PreparedRequest) -> str:
         return f"chatcmpl-{request.request_id}"
 
-    def _chunk(self, request: PreparedRequest) -> ChatCompletionChunk:
+    def empty_chunk(self, request: PreparedRequest) -> ChatCompletionChunk:
         return ChatCompletionChunk(
             id=self._id(request), created=self._created, model=request.lease.model_name, choices=[]
         )

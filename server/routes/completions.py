@@ -1,6 +1,5 @@
 """``POST /v1/completions``."""
 
-import time
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -24,13 +23,13 @@ class CompletionRenderer(Renderer):
     """Text completions. ``logprobs`` and ids are cut where the text is."""
 
     def __init__(self, body: CompletionRequest, tokenizer: TextTokenizer) -> None:
+        super().__init__(body, wants_logprobs=body.logprobs is not None)
         self._body = body
         self._tokenizer = tokenizer
-        self._created = int(time.time())
         self._offsets: dict[int, int] = {}
 
     def body(self, request: PreparedRequest, outputs: list[Collected]) -> CompletionResponse:
-        response = self._response(request)
+        response = self.empty_chunk(request)
         response.choices = [self._choice(request, index, output) for index, output in enumerate(outputs)]
         response.usage, response.metrics = usage_of(request), metrics_of(request)
         return response
@@ -39,20 +38,15 @@ class CompletionRenderer(Renderer):
         for index in range(len(request.sequences)):
             prompt_ids = request.prompt_of(index) if self._body.return_token_ids else None
             if self._body.echo or prompt_ids is not None:
-                chunk = self._response(request)
+                chunk = self.empty_chunk(request)
                 text = request.echo_of(index)
                 chunk.choices = [
                     CompletionChoice(index=index, text=text, finish_reason=None, prompt_token_ids=prompt_ids)
                 ]
                 yield chunk
 
-    def chunk(
-        self, request: PreparedRequest, index: int, delta: SequenceDelta, is_last: bool
-    ) -> CompletionResponse | None:
-        wants_tokens = self._body.return_token_ids or self._body.logprobs is not None
-        if not delta.text and delta.finish_reason is None and not (wants_tokens and delta.token_ids):
-            return None
-        chunk = self._response(request)
+    def news(self, request: PreparedRequest, index: int, delta: SequenceDelta) -> CompletionResponse:
+        chunk = self.empty_chunk(request)
         offset = self._offsets.get(index, 0)
         self._offsets[index] = offset + sum(delta.text_lengths)
         logprobs = None
@@ -68,17 +62,9 @@ class CompletionRenderer(Renderer):
                 token_ids=list(delta.token_ids) if self._body.return_token_ids else None,
             )
         ]
-        if is_last and not self._body.includes_usage:
-            chunk.metrics = metrics_of(request)
         return chunk
 
-    def closing(self, request: PreparedRequest) -> Iterator[CompletionResponse]:
-        if self._body.includes_usage:
-            chunk = self._response(request)
-            chunk.usage, chunk.metrics = usage_of(request), metrics_of(request)
-            yield chunk
-
-    def _response(self, request: PreparedRequest) -> CompletionResponse:
+    def empty_chunk(self, request: PreparedRequest) -> CompletionResponse:
         return CompletionResponse(
             id=f"cmpl-{request.request_id}", created=self._created, model=request.lease.model_name, choices=[]
         )

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from eda.adapters.errors import ConflictError, InvalidInputError
+from eda.adapters.errors import ConflictError
 from eda.adapters.store.export import export_draft
+from eda.errors import MismatchError
 from eda.models.attention import AttentionRow, PackedBatch
 from eda.models.draft import DraftModel
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateConfig, PrivateModule, PrivateSegment
-from eda.models.target import FineTune
 from tests.support.reference_family import Family, make_family
 
 LENGTH = 9
@@ -195,7 +196,7 @@ def test_refusals_leave_nothing_behind(
     with pytest.raises(ConflictError, match="exists"):
         export_draft(tmp_path / "there", draft, base)
     misfit = PrivateModule(PrivateConfig(16, 48, 4))
-    with pytest.raises(InvalidInputError, match=r"width 16 with 48 features; this one has 32 and 96"):
+    with pytest.raises(MismatchError, match="width 16 and 48 features; the shared draft has 32 and 96"):
         export_draft(tmp_path / "new", draft, base, misfit)
 
     def fail(*_: object, **__: object) -> None:

@@ -18,13 +18,14 @@ from typer.testing import CliRunner
 from eda.adapters.serving.model_loader import ModelLoader
 from eda.adapters.store.store import AdapterStore
 from eda.backends.loading import load_target
-from eda.decoder import ScheduledRow, SequenceState, SpeculativeDecoder
+from eda.decoder import ScheduledRow, SpeculativeDecoder
 from eda.formats.tokenizer_files import load_tokenizer
 from eda.models.draft import DraftModel
 from eda.sampling.params import SamplingParams
 from eda.server.cli import app
 from eda.server.settings import BUNDLED_MODELS as MODELS
 from eda.speculation.kinds import Chain
+from eda.speculation.sequence import SequenceState
 
 VARIABLE = "EDA_TEST_VLLM_PYTHON"
 NUM_TOKENS, NUM_DRAFT_TOKENS = 48, 5

@@ -11,7 +11,7 @@ import torch
 from eda.adapters.database import Database
 from eda.adapters.errors import ConflictError, CorruptVersionError, UnknownModelError, UnknownVersionError
 from eda.adapters.serving.catalog import Catalog, new_entry
-from eda.adapters.serving.guard import Guard, GuardSettings, Verdict
+from eda.adapters.serving.guard import Guard, GuardSettings, GuardVerdict
 from eda.adapters.serving.model_loader import ModelLoader
 from eda.adapters.serving.registry import AdapterRegistry
 from eda.adapters.serving.watcher import RegistryWatcher
@@ -198,7 +198,7 @@ def test_restart_restores_everything(setup: Setup) -> None:
         ),
         (
             {"sizes": {"hidden_size": 16, "num_features": 48, "intermediate_size": 4, "fc_rank": 0}},
-            "width is 16",
+            "width 16",
         ),
         ({"sizes": {"hidden_size": 32, "num_features": 96, "intermediate_size": 0, "fc_rank": 0}}, "all 0"),
         (
@@ -362,12 +362,12 @@ def test_the_guard_rolls_back_to_the_version_before(setup: Setup) -> None:
     for version in (1, 2, 3):
         setup.publish("tune", seed=version)
     registry.activate("tune", 3)
-    registry.apply(Verdict("roll_back", "tune", 3, "slow"))
+    registry.apply(GuardVerdict("roll_back", "tune", 3, "slow"))
     assert registry.active_versions()["tune"] == 2
-    registry.apply(Verdict("roll_back", "tune", 3, "late"))  # about a version that is no longer active
+    registry.apply(GuardVerdict("roll_back", "tune", 3, "late"))  # about a version that is no longer active
     assert registry.active_versions()["tune"] == 2
-    registry.apply(Verdict("roll_back", "tune", 2, "slow"))
-    registry.apply(Verdict("roll_back", "tune", 1, "slow"))
+    registry.apply(GuardVerdict("roll_back", "tune", 2, "slow"))
+    registry.apply(GuardVerdict("roll_back", "tune", 1, "slow"))
     assert registry.active_versions()["tune"] is None
     assert registry.catalog.get("tune").rejected_versions == [1, 2, 3]
     assert registry.num_rollbacks["tune"] == 3
@@ -381,7 +381,7 @@ def test_a_version_that_somebody_brings_back_is_judged_anew(setup: Setup) -> Non
     setup.publish("tune")
     registry.activate("tune", 1)
 
-    def measure(tokens: int) -> list[Verdict]:
+    def measure(tokens: int) -> list[GuardVerdict]:
         for _ in range(40):
             guard.observe("tune", 1, 10, tokens)
             guard.observe("tune", None, 10, 30)

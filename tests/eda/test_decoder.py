@@ -19,15 +19,16 @@ from eda.backends.eager.draft_layer import TorchDraftLayer
 from eda.backends.eager.drafter import ChainTreeDrafter
 from eda.backends.eager.proposer import EagerProposer
 from eda.backends.loading import load_target
-from eda.decoder import ScheduledRow, SequenceState, SpeculativeDecoder
+from eda.decoder import ScheduledRow, SpeculativeDecoder
 from eda.errors import MismatchError
 from eda.generation import GenerationRequest, generate
 from eda.models.draft import DraftConfig, DraftModel
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.models.target import FineTune
-from eda.sampling.draws import SamplingParams
+from eda.sampling.params import SamplingParams
 from eda.speculation.kinds import Chain, Off, Speculation, Tree
 from eda.speculation.proposal import Proposal
+from eda.speculation.sequence import SequenceState
 from tests.support.backends import use_drafter
 from tests.support.reference_family import Family, make_family
 

@@ -16,7 +16,7 @@ from eda.backends.eager.proposer import EagerProposer
 from eda.decoder import SpeculativeDecoder
 from eda.generation import GenerationRequest, generate
 from eda.models.private import PrivateModule
-from eda.sampling.draws import SamplingParams
+from eda.sampling.params import SamplingParams
 from eda.speculation.kinds import Chain, Lookup, Speculation, Tree
 from tests.support.reference_family import Family, make_family
 

@@ -11,14 +11,16 @@ from eda.backends.cpu.library import kernels
 from eda.backends.cpu.verifier import CpuVerifier
 from eda.backends.eager.verifier import RulesVerifier
 from eda.backends.loading import load_target
-from eda.decoder import ScheduledRow, SequenceState, SpeculativeDecoder
+from eda.decoder import ScheduledRow, SpeculativeDecoder
 from eda.errors import NonFiniteLogitsError
 from eda.generation import GenerationRequest, generate
 from eda.models.answers import Logits
-from eda.models.target import FineTune
+from eda.models.fine_tune import FineTune
 from eda.sampling.params import SamplingParams
 from eda.speculation.kinds import Off
-from eda.speculation.verification import AnswerLines, Proposal, Verdict, VerificationRow
+from eda.speculation.proposal import Proposal
+from eda.speculation.sequence import SequenceState
+from eda.speculation.verification import AnswerLines, Verdict, VerificationRow
 from tests.support.tiny import tiny_target
 
 SAMPLINGS = {
@@ -55,7 +57,7 @@ def test_a_row_without_finite_logits_emits_nothing(
         pytest.skip("the C++ passes cannot run here")
     logits = torch.randn(6, VOCAB_SIZE, generator=torch.Generator().manual_seed(1))
     chain = Proposal.chain([4, 9])
-    if sampling.is_sampled:
+    if sampling.draws_freely:
         chain = Proposal.chain([4, 9], torch.full((2, VOCAB_SIZE), 1 / VOCAB_SIZE))
     rows = [VerificationRow(sampling, proposal, None, 0, 3) for proposal in (None, chain, None, None)]
     bad = logits.clone()

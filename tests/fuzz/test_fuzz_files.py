@@ -23,12 +23,13 @@ from eda.files import PRIVATE_WEIGHTS_FILE as PRIVATE_FILE
 from eda.formats.checkpoint import vocabulary
 from eda.formats.checkpoint_files import read_header
 from eda.formats.preflight import check_draft, check_fine_tune, check_target
+from eda.formats.tokenizer_files import load_tokenizer
 from eda.models.draft import DraftModel
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
 from eda.models.probe import require_usable
-from eda.models.target import FineTune, TargetModel
+from eda.models.target import TargetModel
 from eda.server.engine.speculation import SpeculationTable, SpeculationTableError
-from eda.server.tokenizer import TextTokenizer
 from eda.speculation.costs import DraftCosts
 from eda.training.data.prompts import ChatFormat, read_prompts, read_texts
 from eda.training.data.samples import read_samples
@@ -160,7 +161,7 @@ def test_tokenizers(directories: dict[str, Path], file: str, data: st.DataObject
     tiny_tokenizer(path)
     damage(data, path / file)
     taken_or_refused(lambda: vocabulary(path), CheckpointError)
-    taken_or_refused(lambda: TextTokenizer.load(path), EdaError)
+    taken_or_refused(lambda: load_tokenizer(path), EdaError)
     taken_or_refused(lambda: ChatFormat.load(path), EdaError)
 
 

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from recipes.build import BUNDLED_KINDS, Limits, Recipe, Stage, publish, run_stage
-from recipes.model_cards import acceptance_table, draft_section, render, retention_table
+from recipes.model_cards import acceptance_table, draft_section, render, render_samples, retention_table
 from recipes.text import DOMAINS, FINE_TUNE_DOMAINS
 
 _DATA_README = """\
@@ -135,8 +135,10 @@ def test_model_cards_state_losses_samples_and_attributions(data: Path) -> None:
     assert "Not part of it." not in text
     assert "| test | MIT | general 60, math 60, code 60, medical 60 |" in text
     assert "| python/standard-library | PSF-2.0 | code" in text
-    assert "25% of the answers loop" in text
-    assert "    > What?\n" in text
+    samples = render_samples(cards)
+    assert "25% of the answers loop" in samples
+    assert "    > What?\n" in samples
+    assert "    > What?\n" not in text
 
 
 def _measured(length: float) -> dict[str, object]:

@@ -11,8 +11,8 @@ import uvicorn
 
 from eda.adapters.errors import UnknownModelError
 from eda.decoder import SpeculativeDecoder
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.models.target import FineTune
 from eda.server.app import create_app
 from eda.server.connections import ServerConfig
 from eda.server.engine.async_engine import AsyncEngine
@@ -112,7 +112,7 @@ class Parts:
         return self.decoder.cache.allocator.num_free
 
     def is_idle(self) -> bool:
-        engine = self.services.engine.engine
+        engine = self.services.engine
         return (
             engine.num_running == 0
             and engine.num_waiting == 0

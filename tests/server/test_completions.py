@@ -9,7 +9,7 @@ import torch
 
 from eda.decoder import SpeculativeDecoder
 from eda.generation import GenerationRequest, generate
-from eda.sampling.draws import SamplingParams
+from eda.sampling.params import SamplingParams
 from eda.speculation.kinds import Off
 from tests.support.family import MAX_LENGTH, Family
 from tests.support.oracle import Oracle

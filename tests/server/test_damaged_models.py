@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eda.backends.loading import load_target
-from eda.models.target import FineTune
+from eda.models.fine_tune import FineTune
 from eda.server.rendering import LOWEST_LOGPROB, chat_logprobs
 from eda.speculation.verification import TokenLogprobs
 from tests.server.serving import make_parts, serve

@@ -154,7 +154,7 @@ def test_cache_slots_are_counted(server: Server) -> None:
     server.complete("math")
     idle = slots()
     assert idle["used"] == 0
-    decoder = server.services.engine.engine._decoder
+    decoder = server.services.engine._engine._decoder
     assert isinstance(decoder, SpeculativeDecoder)
     extent = decoder.cache.allocator.allocate(100)
     try:

@@ -3,15 +3,16 @@
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from eda.decoder import ScheduledRow, SequenceState, StepResult
+from eda.decoder import ScheduledRow, StepResult
 from eda.errors import CacheFullError
 from eda.models.cache import Extent
-from eda.models.target import FineTune
+from eda.models.fine_tune import FineTune
 from eda.server.engine.detokenizer import IncrementalDetokenizer
 from eda.server.engine.sequence import Sequence as EngineSequence
 from eda.server.engine.sequence import SequenceLabels
 from eda.server.engine.stopping import StopChecker, StopConditions
 from eda.speculation.kinds import Chain, Speculation
+from eda.speculation.sequence import SequenceState
 
 FINE_TUNE = cast(FineTune, None)
 LABELS = SequenceLabels("base", "private")

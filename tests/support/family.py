@@ -14,8 +14,9 @@ from eda.backends.loading import load_fine_tune, load_target
 from eda.formats.tokenizer import TextTokenizer
 from eda.formats.tokenizer_files import load_tokenizer
 from eda.models.draft import DraftConfig, DraftModel
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.models.target import FineTune, TargetModel
+from eda.models.target import TargetModel
 
 transformers_logging.disable_progress_bar()
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from eda.backends.recorded.replay import GraphCache, Recorder, RerunBackend
-from eda.decoder import SequenceState, SpeculativeDecoder
+from eda.decoder import SpeculativeDecoder
 from eda.generation import GenerationRequest, generate
 from eda.models.draft import DraftModel
 from eda.models.private import PrivateModule
-from eda.sampling.draws import SamplingParams
+from eda.sampling.params import SamplingParams
 from eda.speculation.kinds import Chain, Off, Speculation, Tree
+from eda.speculation.sequence import SequenceState
 from tests.support.reference_family import Family
 
 GREEDY = SamplingParams(temperature=0.0)

@@ -17,7 +17,8 @@ from eda.backends.base import Verifier
 from eda.backends.cpu.verifier import CpuVerifier
 from eda.backends.eager.verifier import RulesVerifier
 from eda.models.answers import Logits
-from eda.sampling.draws import SamplingParams, TokenHistory
+from eda.sampling.params import SamplingParams
+from eda.sampling.processors import TokenHistory
 from eda.speculation.proposal import Proposal
 from eda.speculation.verification import AnswerLines, VerificationRow
 from tests.support.sampling_reference import reference_logits

@@ -16,8 +16,9 @@ from eda.backends.cpu.weights import WeightFormat
 from eda.backends.loading import load_fine_tune, load_target
 from eda.formats.quantised import QuantisedWeight
 from eda.models.draft import DraftConfig, DraftModel
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateConfig, PrivateModule
-from eda.models.target import FineTune, TargetModel, TargetOutput
+from eda.models.target import TargetModel, TargetOutput
 from tests.support.tiny import randomise, tiny_lora, tiny_target
 
 

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from eda.backends.eager.draft_layer import TorchDraftLayer
 from eda.backends.eager.proposer import EagerProposer
-from eda.decoder import SequenceState, SpeculativeDecoder
+from eda.decoder import SpeculativeDecoder
 from eda.generation import GenerationRequest, generate
 from eda.speculation.kinds import Off
 from eda.speculation.proposal import Proposal
+from eda.speculation.sequence import SequenceState
 from tests.support.family import Family
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from eda.backends.loading import load_fine_tune, load_target
 from eda.models.draft import DraftConfig, DraftModel
-from eda.models.target import FineTune, TargetModel
+from eda.models.fine_tune import FineTune
+from eda.models.target import TargetModel
 
 VOCAB_SIZE = 96
 DRAFT_VOCAB_SIZE = 60

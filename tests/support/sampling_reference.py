@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from eda.sampling.draws import SamplingParams
+from eda.sampling.params import SamplingParams
 
 
 def reference_logits(params: SamplingParams, logits: Tensor, prompt: list[int], output: list[int]) -> Tensor:

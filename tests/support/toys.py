@@ -9,7 +9,8 @@ from torch import Tensor
 from eda.formats.config import ModelConfig, RopeConfig
 from eda.models.attention import AttentionRow, PackedBatch
 from eda.models.draft import DraftModel
-from eda.models.target import FineTune, TargetModel, default_tap_layers
+from eda.models.fine_tune import FineTune
+from eda.models.target import TargetModel, default_tap_layers
 from eda.training.data.dataset import Dataset
 from eda.training.data.prompts import ChatFormat
 from eda.training.data.samples import Sample

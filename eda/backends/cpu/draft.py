@@ -3,7 +3,6 @@
 import ctypes
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,10 +11,10 @@ from torch.nn import functional
 
 from eda.backends.cpu.library import (
     LARGEST_DRAFT_HIDDEN_SIZE,
+    CLoraLayer,
     Draft,
     DraftRow,
     Layer,
-    LoraLayer,
     Shape,
     Tokens,
     kernels,
@@ -34,10 +33,8 @@ from eda.backends.cpu.weights import (
 )
 from eda.models.attention import PackedBatch
 from eda.models.cache import KVCache
+from eda.models.draft import DraftModel
 from eda.models.private import PrivateModule, PrivateSegment
-
-if TYPE_CHECKING:
-    from eda.models.draft import DraftModel
 
 READ = frozenset(
     {
@@ -50,7 +47,7 @@ IRRELEVANT = frozenset({"vocab_size", "max_position_embeddings", "rope_theta", "
 """All others, as in ``eda/backends/cpu/target.py``: rotary angles are made in Python."""
 
 
-def supports(draft: "DraftModel") -> bool:
+def supports(draft: DraftModel) -> bool:
     """Whether ``DraftKernel`` can run this draft here."""
     weight, config = draft.fc.weight, draft.config
     return (
@@ -79,7 +76,7 @@ class DraftKernel:
     rounding does to a guess costs less than the time. Outputs stay exact, since the target verifies every token.
     """
 
-    def __init__(self, draft: "DraftModel", cache: KVCache, *, weights: WeightFormat = "int8") -> None:
+    def __init__(self, draft: DraftModel, cache: KVCache, *, weights: WeightFormat = "int8") -> None:
         library = kernels()
         assert library is not None
         self._library = library
@@ -300,12 +297,12 @@ class _PackedPrivate:
             self.gate_up, self.down = (weight.pointer for weight in self._feed_forward)
         if config.fc_rank:
             self._fc = _packed_low_rank(module.fc_down, module.fc_up)
-            self._fusion = LoraLayer(qkv=self._fc.struct)
+            self._fusion = CLoraLayer(qkv=self._fc.struct)
             self.fusion = ctypes.addressof(self._fusion)
         if config.attention_rank:
             self._qkv = _packed_low_rank(module.qkv_down, module.qkv_up)
             self._output = _packed_low_rank(module.o_down, module.o_up)
-            self._attention = LoraLayer(qkv=self._qkv.struct, output=self._output.struct)
+            self._attention = CLoraLayer(qkv=self._qkv.struct, output=self._output.struct)
             self.attention = ctypes.addressof(self._attention)
 
 

@@ -1,7 +1,7 @@
 """The draft in C++: its single passes, and whole chains and trees in one call where a row demands little."""
 
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,9 +15,9 @@ from eda.backends.eager.drafter import places_to_read
 from eda.models.attention import PackedBatch
 from eda.models.cache import KVCache
 from eda.models.draft import DraftModel
-from eda.models.lora import LoraAdapter
+from eda.models.fine_tune import FineTune, FineTuneCache
 from eda.models.private import PrivateSegment
-from eda.models.target import FineTune, TapLayers, TargetModel
+from eda.models.target import TapLayers
 from eda.sampling.draws import draw_uniforms
 from eda.sampling.params import SamplingDemand
 from eda.speculation.kinds import Chain
@@ -33,6 +33,14 @@ TREES_COVER = CHAINS_COVER
 """Of rows whose trees grow by the draft's own probabilities, before temperature and cuts (``draft_scores``)."""
 
 
+def _draft_head(draft: DraftModel, fine_tune: FineTune) -> DraftHead:
+    """The fine-tune's output rows of the draft vocabulary and its embeddings, laid out."""
+    embedding: Tensor = fine_tune.model.embedding
+    if fine_tune.output_owner is not fine_tune.model:
+        embedding = fine_tune.embed(torch.arange(embedding.shape[0]))
+    return DraftHead(fine_tune.head_rows(draft.draft_token_ids), embedding)
+
+
 class CpuDraftLayer:
     """A draft's layer in C++; the draft's keys and values are in ``cache``, its own."""
 
@@ -41,8 +49,7 @@ class CpuDraftLayer:
         self._kernel = DraftKernel(draft, cache)
         self._draft = draft
         self._generator = generator
-        # Keyed weakly: the rows of a fine-tune that is unloaded go with it.
-        self._heads: WeakKeyDictionary[TargetModel | LoraAdapter, DraftHead] = WeakKeyDictionary()
+        self._head = FineTuneCache(partial(_draft_head, draft))
 
     def extend(self, reading: Reading, batch: PackedBatch, segments: Sequence[PrivateSegment]) -> Tensor:
         """See ``DraftLayer``."""
@@ -65,11 +72,11 @@ class CpuDraftLayer:
         batch = place_tokens(states, reading.lengths, reading.known, reading.features.device)
         rows = self._rows(states, lengths, reading.lengths)
         uniforms = None
-        if any(state.is_sampled for state in states):
+        if any(state.sampling.draws_freely for state in states):
             count = len(states) * max(lengths)
             uniforms = draw_uniforms(count, self._generator, reading.features.device).view(len(states), -1)
             for row, state in zip(rows, states, strict=True):
-                if state.is_sampled:
+                if state.sampling.draws_freely:
                     row.sampling = sampling_of(state.sampling)
         segments = private_segments(states, reading.lengths)
         _, chains, probabilities = self._kernel.extend(
@@ -77,7 +84,7 @@ class CpuDraftLayer:
         )
         return [
             Proposal.chain(chain, probabilities[place, : len(chain)], self._draft.draft_token_ids)
-            if probabilities is not None and states[place].is_sampled and chain
+            if probabilities is not None and states[place].sampling.draws_freely and chain
             else Proposal.chain(chain)
             for place, chain in enumerate(chains)
         ]
@@ -92,17 +99,6 @@ class CpuDraftLayer:
             for row, start, state in zip(rows, hidden, states, strict=True)
         ]
 
-    def _head(self, fine_tune: FineTune) -> DraftHead:
-        """The fine-tune's output rows of the draft vocabulary and its embeddings, laid out once."""
-        owner = fine_tune.output_owner
-        head = self._heads.get(owner)
-        if head is None:
-            embedding: Tensor = fine_tune.model.embedding
-            if owner is not fine_tune.model:
-                embedding = fine_tune.embed(torch.arange(embedding.shape[0]))
-            head = self._heads[owner] = DraftHead(fine_tune.head_rows(self._draft.draft_token_ids), embedding)
-        return head
-
     def _rows(
         self, states: Sequence[SequenceState], steps: Sequence[int], lengths: Sequence[int]
     ) -> list[DraftRow]:
@@ -110,7 +106,7 @@ class CpuDraftLayer:
         start = 0
         for state, num_steps, length in zip(states, steps, lengths, strict=True):
             head = self._head(state.fine_tune)
-            row = DraftRow(state.slot_start, state.draft_length, num_steps, start, length)
+            row = DraftRow(state.slot_start, state.num_draft_cached, num_steps, start, length)
             row.min_probability = state.min_probability
             row.head, row.embedding = head.packed.pointer, head.embedding.data_ptr()
             if state.private is not None:

@@ -73,16 +73,16 @@ class Shape(ctypes.Structure):
     )
 
 
-class LowRank(ctypes.Structure):
+class CLowRank(ctypes.Structure):
     """Both factors of a low-rank update."""
 
     _fields_ = (("a", Packed), ("b", Packed))
 
 
-class LoraLayer(ctypes.Structure):
+class CLoraLayer(ctypes.Structure):
     """Updates of one layer."""
 
-    _fields_ = tuple((name, LowRank) for name in ("qkv", "output", "gate_up", "down"))
+    _fields_ = tuple((name, CLowRank) for name in ("qkv", "output", "gate_up", "down"))
 
 
 class Segment(ctypes.Structure):
@@ -189,8 +189,8 @@ _STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     Packed,
     Layer,
     Shape,
-    LowRank,
-    LoraLayer,
+    CLowRank,
+    CLoraLayer,
     Segment,
     Visible,
     Tokens,

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from eda.backends.cpu.library import Layer, LoraLayer, Shape, kernels
+from eda.backends.cpu.library import CLoraLayer, Layer, Shape, kernels
 from eda.backends.cpu.memory import WeightMemory
 from eda.backends.cpu.threads import num_threads
 from eda.backends.cpu.tokens import SegmentWeights, TokenArrays, as_pointer
@@ -249,7 +249,7 @@ class _PackedLora:
     def __init__(self, adapter: LoraAdapter, config: ModelConfig, weights: WeightFormat) -> None:
         self._kept: list[PackedLowRank] = []
         qkv_size = config.query_size + 2 * config.kv_size
-        self._layers = (LoraLayer * config.num_layers)()
+        self._layers = (CLoraLayer * config.num_layers)()
         for place, layer in zip(self._layers, adapter.layers, strict=True):
             for name, size in (
                 ("qkv", qkv_size),

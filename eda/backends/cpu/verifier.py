@@ -79,7 +79,7 @@ def sampling_of(params: SamplingParams) -> Sampling:
 
 def can_verify(params: SamplingParams, proposal: Proposal | None) -> bool:
     """Whether ``verify_chains`` covers a row: drawn from unedited logits, with a chain or none."""
-    if not params.is_sampled or params.demand not in COVERS:
+    if not params.draws_freely or params.demand not in COVERS:
         return False
     return proposal is None or proposal.is_chain
 

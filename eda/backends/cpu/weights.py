@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from eda.backends.cpu.library import LowRank, Packed
+from eda.backends.cpu.library import CLowRank, Packed
 from eda.backends.cpu.memory import WeightMemory
 from eda.formats.quantised import GROUP, QuantisedWeight, concatenated, quantised
 
@@ -155,7 +155,7 @@ class PackedLowRank:
     def __init__(self, a: Tensor, b: PackedWeight) -> None:
         self.a = PackedWeight(a, tiles=1)
         self.b = b
-        self.struct = LowRank(self.a.struct, b.struct)
+        self.struct = CLowRank(self.a.struct, b.struct)
 
 
 def float_vector(vector: Tensor, size: int | None = None) -> Tensor:

@@ -1,7 +1,6 @@
 """The draft's layer on torch."""
 
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -9,9 +8,8 @@ from eda.backends.drafting import Reading, embed
 from eda.models.attention import PackedBatch
 from eda.models.cache import KVCache
 from eda.models.draft import DraftModel
-from eda.models.lora import LoraAdapter
+from eda.models.fine_tune import FineTune, FineTuneCache
 from eda.models.private import PrivateSegment
-from eda.models.target import FineTune, TargetModel
 from eda.transfers import upload
 
 
@@ -21,8 +19,8 @@ class TorchDraftLayer:
     def __init__(self, draft: DraftModel, cache: KVCache) -> None:
         self._draft = draft
         self.cache = cache
-        # Keyed weakly: the rows of a fine-tune that is unloaded go with it.
-        self._head_rows: WeakKeyDictionary[TargetModel | LoraAdapter, Tensor] = WeakKeyDictionary()
+        self.head_rows = FineTuneCache(lambda fine_tune: fine_tune.head_rows(draft.draft_token_ids))
+        """The fine-tune's output rows of the draft vocabulary, gathered once."""
 
     def extend(self, reading: Reading, batch: PackedBatch, segments: Sequence[PrivateSegment]) -> Tensor:
         """See ``DraftLayer``."""
@@ -42,11 +40,3 @@ class TorchDraftLayer:
     def logits(self, hidden: Tensor, fine_tune: FineTune) -> Tensor:
         """See ``DraftLayer``."""
         return self._draft.logits(hidden, self.head_rows(fine_tune))
-
-    def head_rows(self, fine_tune: FineTune) -> Tensor:
-        """The fine-tune's output rows of the draft vocabulary, gathered once."""
-        rows = self._head_rows.get(fine_tune.output_owner)
-        if rows is None:
-            rows = fine_tune.head_rows(self._draft.draft_token_ids)
-            self._head_rows[fine_tune.output_owner] = rows
-        return rows

@@ -15,7 +15,8 @@ from torch import Tensor
 from eda.backends.drafting import DraftLayer, Reading, embed, output_runs, place_tokens, private_segments
 from eda.models.attention import PackedBatch
 from eda.models.draft import DraftModel
-from eda.sampling.draws import LogitsContext, draft_scores, propose_chain_tokens
+from eda.sampling.draws import draft_scores, propose_chain_tokens
+from eda.sampling.processors import LogitsContext
 from eda.speculation.chains import cut_chains
 from eda.speculation.proposal import Proposal
 from eda.speculation.sequence import SequenceState
@@ -76,7 +77,7 @@ class EagerProposer:
             tokens = self.draft.draft_token_ids[columns]
             for index, (row, token) in enumerate(zip(places, tokens.tolist(), strict=True)):
                 paths[row].append(token)
-                if draft_probs is not None and states[row].is_sampled:
+                if draft_probs is not None and states[row].sampling.draws_freely:
                     probabilities[row].append(draft_probs[index])
             if any(state.min_probability for state in active):
                 chosen = logits.log_softmax(-1).gather(1, columns[:, None])[:, 0].tolist()
@@ -129,7 +130,7 @@ class EagerProposer:
             scores = logits.log_softmax(-1).gather(1, columns[:, None])[:, 0]
             all_scores[:, step].index_copy_(0, index, scores)
             for at, row in enumerate(places):
-                if draft_probs is not None and states[row].is_sampled:
+                if draft_probs is not None and states[row].sampling.draws_freely:
                     probabilities[row].append(draft_probs[at])
             if step + 1 < grid[1]:
                 hidden = self._step(active, hidden, tokens, step, ones=[1] * len(active))
@@ -146,7 +147,7 @@ class EagerProposer:
     def _step(
         self, states: Sequence[SequenceState], hidden: Tensor, tokens: Tensor, step: int, ones: list[int]
     ) -> Tensor:
-        lengths = [state.draft_length + step for state in states]
+        lengths = [state.num_draft_cached + step for state in states]
         return self._pass(states, ones, hidden, tokens, place_tokens(states, ones, lengths, self._device))
 
     # trees
@@ -160,7 +161,7 @@ class EagerProposer:
 
         def advance(hidden: Tensor, tokens: Tensor, ancestors: Tensor, level: int) -> Tensor:
             counts = [top_k] * len(states)
-            lengths = [state.draft_length + top_k * (level - 1) for state in states]
+            lengths = [state.num_draft_cached + top_k * (level - 1) for state in states]
             batch = place_tokens(states, counts, lengths, self._device, ancestors, level - 1)
             return self._pass(states, counts, hidden, tokens, batch)
 

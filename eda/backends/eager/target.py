@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from eda.backends.base import PassOutput, PassPlan
 from eda.models.cache import KVCache
 from eda.models.target import TargetModel, TargetOutput
-from eda.speculation.rows import PassRow, lora_segments, pack, wanted_tokens
+from eda.speculation.rows import PassRow, lora_segments, pack_rows, wanted_tokens
 
 
 class EagerTarget:
@@ -16,7 +16,7 @@ class EagerTarget:
 
     def run(self, model: TargetModel, rows: Sequence[PassRow], plan: PassPlan) -> PassOutput:
         """See ``TargetRunner``."""
-        tokens, batch = pack(rows, model.device)
+        tokens, batch = pack_rows(rows, model.device)
         output: TargetOutput = model(
             tokens,
             batch,

@@ -14,9 +14,10 @@ from eda.backends.recorded.shapes import Inputs
 from eda.models.attention import StaticBatch, static_batch
 from eda.models.cache import KVCache
 from eda.models.draft import DraftModel
+from eda.models.fine_tune import FineTune
 from eda.models.lora import LoraAdapter
 from eda.models.private import PrivateModule, PrivateSegment
-from eda.models.target import FineTune, TargetModel
+from eda.models.target import TargetModel
 from eda.speculation.tree import GrowingTree, grow_tree, rank_nodes
 
 

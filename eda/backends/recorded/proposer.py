@@ -19,7 +19,7 @@ from eda.backends.recorded.replay import GraphCache, Recordable
 from eda.backends.recorded.shapes import CHAINS, EXTENSIONS, MAX_TOKENS, ROWS, Inputs, num_keys, round_up
 from eda.models.cache import KVCache
 from eda.models.draft import DraftModel
-from eda.models.target import FineTune
+from eda.models.fine_tune import FineTune
 from eda.sampling.draws import draw_uniforms
 from eda.sampling.params import SamplingDemand
 from eda.speculation.chains import cut_chains
@@ -176,11 +176,11 @@ class RecordedProposer:
             return None
         if not all(state.sampling.demand in CHAINS_COVER for state in states):
             return None
-        longest = max(state.draft_length + length for state, length in zip(states, lengths, strict=True))
+        longest = max(state.num_draft_cached + length for state, length in zip(states, lengths, strict=True))
         keys = num_keys(longest, count)
         if keys is None:
             return None
-        drawn = [state.is_sampled for state in states]
+        drawn = [state.sampling.draws_freely for state in states]
         shape = (count, num_steps, keys, any(drawn))
         key = self._graphs.key("draft chain", shape, owners.references())
         if not self._graphs.wants(key):
@@ -190,7 +190,9 @@ class RecordedProposer:
         buffers.hidden.narrow(0, 0, len(states)).copy_(hidden)
         if any(drawn):
             padding = [0.0] * (count - len(states))
-            temperatures = [state.sampling.temperature if state.is_sampled else 1.0 for state in states]
+            temperatures = [
+                state.sampling.temperature if state.sampling.draws_freely else 1.0 for state in states
+            ]
             settings = [
                 [*temperatures, *(1.0 for _ in padding)],
                 [*(float(flag) for flag in drawn), *padding],
@@ -261,7 +263,7 @@ class RecordedProposer:
             return None
         if not all(state.sampling.demand in TREES_COVER for state in states):
             return None
-        keys = num_keys(max(state.draft_length for state in states) + top_k * depth, count)
+        keys = num_keys(max(state.num_draft_cached for state in states) + top_k * depth, count)
         if keys is None:
             return None
         shape = (count, top_k, depth, num_nodes)
@@ -355,7 +357,7 @@ class RecordedProposer:
         scratch = [self._scratch + place * slots_per_row for place in range(count)]
         return {
             "starts": [state.slot_start for state in states],
-            "lengths": [state.draft_length for state in states],
+            "lengths": [state.num_draft_cached for state in states],
             "steps": list(steps),
             "scratch": scratch,
         }

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eda.errors import CheckpointError, UnsupportedModelError
-from eda.formats.checkpoint import TensorEntry, layer_projections, listed
+from eda.formats.checkpoint import layer_projections
+from eda.formats.checkpoint_files import TensorEntry, listed
 from eda.formats.config import ModelConfig
 from eda.formats.gguf_file.config import EMBEDDING, HEAD, ROPE_DIVISORS, read_config
 from eda.formats.gguf_file.header import GgufHeader

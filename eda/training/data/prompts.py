@@ -18,7 +18,7 @@ from eda.formats.tokenizer import TextTokenizer
 from eda.training.progress import ShouldStop, StageStoppedError, never_stop
 
 if TYPE_CHECKING:  # it imports torch, and a file of prompts is checked without
-    from eda.models.target import FineTune
+    from eda.models.fine_tune import FineTune
 
 Message = Mapping[str, str]
 
@@ -74,14 +74,6 @@ def read_texts(path: Path) -> list[str]:
     if not texts:
         raise DataError(f"{path} holds no texts; JSON lines with 'text' are expected")
     return texts
-
-
-def prompts_from_strings(texts: Sequence[str]) -> list[Prompt]:
-    """One prompt of the user's for each text."""
-    return [
-        Prompt(f"line-{number}", ({"role": "user", "content": text},))
-        for number, text in enumerate(texts, start=1)
-    ]
 
 
 def split_held_out(

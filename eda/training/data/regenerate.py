@@ -13,9 +13,9 @@ from typing import Any
 from eda.decoder import SpeculativeDecoder
 from eda.errors import TrainingError
 from eda.generation import Generation, GenerationRequest, generate
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.models.target import FineTune
-from eda.sampling.draws import SamplingParams
+from eda.sampling.params import SamplingParams
 from eda.speculation.kinds import Chain, Off
 from eda.training.data.prompts import ChatFormat, Prompt, encode_prompts
 from eda.training.data.samples import SAMPLES_FILE, Sample, read_samples
@@ -154,7 +154,7 @@ def regenerate(
     return samples, report
 
 
-def is_sampled(prompt_id: str, config: RegenerationConfig) -> bool:
+def is_drawn(prompt_id: str, config: RegenerationConfig) -> bool:
     """Whether a prompt's answer is drawn at the temperature rather than greedy; decided by its id and the seed."""
     return _uniform(prompt_id, config.seed, "mix") < config.sampled_share
 
@@ -167,7 +167,7 @@ def _request(
     private: PrivateModule | None,
 ) -> GenerationRequest:
     sampling = SamplingParams(temperature=0.0)
-    if is_sampled(prompt.id, config):
+    if is_drawn(prompt.id, config):
         seed = int(_uniform(prompt.id, config.seed, "noise") * 2**52)
         sampling = SamplingParams(temperature=config.temperature, top_p=config.top_p, seed=seed)
     length = config.num_speculative_tokens

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from eda.models.draft import DraftModel
-from eda.models.target import FineTune
+from eda.models.fine_tune import FineTune
 from eda.training.data.dataset import Dataset
 from eda.training.data.samples import Sample
 from eda.training.data.scores import DEFAULT_SCORE, Score

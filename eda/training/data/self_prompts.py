@@ -12,8 +12,8 @@ from eda.decoder import SpeculativeDecoder
 from eda.errors import DataError, TrainingError
 from eda.formats.json_files import parse_json
 from eda.generation import Generation, GenerationRequest, generate
-from eda.models.target import FineTune
-from eda.sampling.draws import SamplingParams
+from eda.models.fine_tune import FineTune
+from eda.sampling.params import SamplingParams
 from eda.speculation.kinds import Off
 from eda.training.data.prompts import ChatFormat, Prompt
 from eda.training.files import LineWriter, read_json_if_present, write_json

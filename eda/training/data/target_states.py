@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from eda.models.attention import AttentionRow, PackedBatch
-from eda.models.target import FineTune
+from eda.models.fine_tune import FineTune
 from eda.training.data.samples import Sample
 
 DEFAULT_PACK_TOKENS = 4096

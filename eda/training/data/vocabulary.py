@@ -1,8 +1,7 @@
 """The reduced draft vocabulary: the tokens that the target really emits.
 
 A token outside it has draft probability zero, which costs acceptance and never correctness, while every draft step
-saves its
-row of the output head.
+saves its row of the output head.
 """
 
 from collections import Counter

@@ -1,7 +1,8 @@
 """The optimiser of every training: Muon for matrices, AdamW for everything else.
 
 Muon (Jordan et al. 2024) replaces a matrix's update by the nearest one whose singular values are equal. In the few
-hundred steps that a draft is trained for, it went as far as AdamW in two to three times as many (docs/adaptation.md).
+hundred steps that a draft is trained for, it went as far as AdamW in two to three times as many
+(docs/measurements/adaptation.md).
 """
 
 import math

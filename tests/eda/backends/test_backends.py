@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 
 from eda.backends.base import DraftRequest
-from eda.decoder import ScheduledRow, SequenceState, SpeculativeDecoder
+from eda.decoder import ScheduledRow, SpeculativeDecoder
 from eda.generation import GenerationRequest, generate
-from eda.sampling.draws import SamplingParams
+from eda.sampling.params import SamplingParams
 from eda.speculation.kinds import Chain, Off, Speculation, Tree
 from eda.speculation.proposal import Proposal
+from eda.speculation.sequence import SequenceState
 from tests.support.reference_family import Family, make_family
 
 GREEDY = SamplingParams(temperature=0.0)

@@ -9,11 +9,12 @@ import pytest
 from eda.backends.base import DraftRequest
 from eda.backends.cpu.library import kernels
 from eda.backends.eager.lookup import LookupDrafter
-from eda.decoder import ScheduledRow, SequenceState, SpeculativeDecoder
+from eda.decoder import ScheduledRow, SpeculativeDecoder
 from eda.generation import Generation, GenerationRequest, generate
-from eda.models.target import FineTune
-from eda.sampling.draws import SamplingParams
+from eda.models.fine_tune import FineTune
+from eda.sampling.params import SamplingParams
 from eda.speculation.kinds import Chain, Lookup, Off, Speculation, Tree
+from eda.speculation.sequence import SequenceState
 from tests.support.graph_decoding import random_private, recording
 from tests.support.narrow import VOCAB_SIZE, NarrowFamily, make_narrow_family
 from tests.support.reference_family import Family, make_family

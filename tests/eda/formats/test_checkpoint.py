@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from eda.backends.loading import load_fine_tune, load_target
 from eda.errors import CheckpointError, EdaError, MismatchError, UnsupportedModelError
-from eda.formats.checkpoint import Checkpoint, listed, read_header, resolve_directory
-from eda.formats.config import SUPPORTED_ARCHITECTURES, SUPPORTED_ROPE_TYPES, ModelConfig
+from eda.formats.checkpoint import Checkpoint
+from eda.formats.checkpoint_files import listed, read_header, resolve_directory
+from eda.formats.config import ModelConfig
+from eda.formats.config_fields import SUPPORTED_ARCHITECTURES, SUPPORTED_ROPE_TYPES
 from tests.support.passes import assert_equal_logits, complete, random_tokens, reference, reference_logits
 from tests.support.tiny import ARCHITECTURES, edit_json, tiny_target, tiny_tokenizer
 
@@ -278,7 +280,7 @@ def test_a_full_checkpoint_is_a_fine_tune(stored: Path, tmp_path: Path) -> None:
     tuned = load_fine_tune(tiny_target(tmp_path, seed=7), base, "tuned")
     assert tuned.lora is None
     assert tuned.model is not base
-    assert tuned.fingerprint == tuned.output_key == tuned.model.fingerprint != base.fingerprint
+    assert tuned.fingerprint == tuned.model.fingerprint != base.fingerprint
     tokens = random_tokens(9, seed=3)
     assert_equal_logits(complete(tuned.model, tokens), reference_logits(reference(tmp_path), tokens))
     ids = torch.tensor([3, 1])

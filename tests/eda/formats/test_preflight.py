@@ -19,8 +19,9 @@ from eda.formats.config_fields import SIZE_LIMITS
 from eda.formats.draft_files import draft_shapes, read_draft_fields
 from eda.formats.preflight import check_draft, check_fine_tune, check_target
 from eda.models.draft import DraftModel
+from eda.models.fine_tune import FineTune
 from eda.models.probe import require_usable
-from eda.models.target import FineTune, TargetModel
+from eda.models.target import TargetModel
 from tests.support.reference_family import make_family
 from tests.support.tiny import edit_json, tiny_lora, tiny_target
 

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from eda.backends.loading import load_fine_tune, load_target
 from eda.errors import CheckpointError, EdaError, MismatchError, UnsupportedModelError
 from eda.formats.lora_config import ModulePatterns
+from eda.models.fine_tune import FineTune
 from eda.models.lora import LoraAdapter, LoraSegment
-from eda.models.target import FineTune, TargetModel
+from eda.models.target import TargetModel
 from tests.support.passes import (
     Row,
     assert_equal_logits,
@@ -136,7 +137,7 @@ def test_a_fine_tune_gives_its_own_embeddings_and_head(
     assert_equal_logits(fine_tune.embed(ids), merged.model.embed_tokens.weight.detach()[ids], 1e-6)
     assert_equal_logits(fine_tune.head_rows(ids), merged.lm_head.weight.detach()[ids], 1e-6)
     own_head = kind != "all linear"
-    assert (fine_tune.output_key == FineTune("b", model).output_key) is not own_head
+    assert fine_tune.output_owner is (fine_tune.lora if own_head else model)
     assert fine_tune.fingerprint != FineTune("b", model).fingerprint == model.fingerprint
 
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eda.sampling.draws import LogitsContext, SamplingParams, TokenHistory, process_logits
+from eda.sampling.params import SamplingParams
+from eda.sampling.processors import LogitsContext, TokenHistory, process_logits
 from tests.support.sampling_reference import reference_logits
 
 VOCAB_SIZE = 700

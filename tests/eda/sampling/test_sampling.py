@@ -8,15 +8,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from eda.sampling.draws import (
-    LogitsContext,
-    SamplingParams,
-    TokenHistory,
-    draft_scores,
-    draw,
-    gumbel_noise,
-    propose_chain_tokens,
-)
+from eda.sampling.draws import draft_scores, draw, propose_chain_tokens
+from eda.sampling.noise import gumbel_noise
+from eda.sampling.params import SamplingParams
+from eda.sampling.processors import LogitsContext, TokenHistory
 from tests.support.markov import chi_square_p_value, random_table
 from tests.support.sampling_reference import reference_logits
 
@@ -73,8 +68,8 @@ def test_settings_are_copies() -> None:
 def test_properties_of_settings() -> None:
     assert SamplingParams(temperature=0.0, seed=3).is_greedy
     assert SamplingParams(temperature=1e-6).is_greedy
-    assert not SamplingParams(seed=3).is_sampled
-    assert SamplingParams().is_sampled
+    assert not SamplingParams(seed=3).draws_freely
+    assert SamplingParams().draws_freely
     assert not SamplingParams(logit_bias={1: 1.0}, min_tokens=3).needs_history
     for penalty in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
         assert SamplingParams(**{penalty: 0.5}).needs_history

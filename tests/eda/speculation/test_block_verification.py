@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eda.sampling.draws import SamplingParams
+from eda.sampling.params import SamplingParams
 from eda.speculation import rejection
 from eda.speculation.proposal import Proposal
 from eda.speculation.rejection import _SampledDraft

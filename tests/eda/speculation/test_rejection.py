@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eda.sampling.draws import SamplingParams
+from eda.sampling.params import SamplingParams
 from eda.speculation import rejection
 from eda.speculation.proposal import Proposal
 from eda.speculation.rejection import _SampledDraft

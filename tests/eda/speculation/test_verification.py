@@ -7,14 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from eda.sampling.draws import (
-    LogitsContext,
-    SamplingParams,
-    TokenHistory,
-    draft_scores,
-    process_logits,
-    propose_chain_tokens,
-)
+from eda.sampling.draws import draft_scores, propose_chain_tokens
+from eda.sampling.params import SamplingParams
+from eda.sampling.processors import LogitsContext, TokenHistory, process_logits
 from eda.speculation.proposal import Proposal
 from eda.speculation.verification import TokenLogprobs, Verdict, VerificationRow, verify
 from tests.support.markov import (
@@ -158,7 +153,7 @@ def test_seeded_text_does_not_depend_on_companions() -> None:
     before.append([0, 1])
     together = verify(TARGET[list(itertools.chain(*before))], rows, torch.Generator())
     for row, tokens, verdict in zip(rows, before, together, strict=True):
-        if not row.sampling.is_sampled:
+        if not row.sampling.draws_freely:
             assert verify(TARGET[tokens], [row], torch.Generator())[0] == verdict
 
 

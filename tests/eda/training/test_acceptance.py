@@ -5,9 +5,9 @@ import torch
 
 from eda.decoder import SpeculativeDecoder
 from eda.generation import GenerationRequest, generate
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.models.target import FineTune
-from eda.sampling.draws import SamplingParams
+from eda.sampling.params import SamplingParams
 from eda.speculation.kinds import Chain
 from eda.training.data.samples import Sample
 from eda.training.learning.acceptance import simulate_acceptance, walk_rounds

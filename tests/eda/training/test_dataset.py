@@ -2,7 +2,8 @@
 
 import torch
 
-from eda.models.target import FineTune, default_tap_layers
+from eda.models.fine_tune import FineTune
+from eda.models.target import default_tap_layers
 from eda.training.data.samples import Sample
 from eda.training.data.target_states import StateCache, compute_states
 from tests.support.toys import dataset_of, random_samples, random_target, whole_logits

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.models.target import FineTune
 from eda.training.data.scores import SCORES
 from eda.training.data.selection import score_samples
 from eda.training.learning.trainees import lora_trainee, private_trainee, shared_trainee

@@ -12,11 +12,11 @@ from eda.training.data.prompts import (
     ChatFormat,
     Prompt,
     encode_prompts,
-    prompts_from_strings,
     read_prompts,
     read_texts,
     split_held_out,
 )
+from tests.support.prompts import prompts_from_strings
 from tests.support.toys import byte_chat
 
 

@@ -8,12 +8,12 @@ import pytest
 
 from eda.decoder import SpeculativeDecoder
 from eda.errors import DataError, TrainingError
-from eda.models.target import FineTune
-from eda.training.data.prompts import prompts_from_strings
-from eda.training.data.regenerate import RegenerationConfig, is_sampled, regenerate
+from eda.models.fine_tune import FineTune
+from eda.training.data.regenerate import RegenerationConfig, is_drawn, regenerate
 from eda.training.data.samples import SAMPLES_FILE, read_samples
 from eda.training.data.self_prompts import ATTEMPTS_FILE, SelfPromptConfig, write_own_prompts
 from eda.training.progress import StageStoppedError
+from tests.support.prompts import prompts_from_strings
 from tests.support.toys import byte_chat, random_target
 
 CONFIG = RegenerationConfig(max_tokens=8, max_prompt_tokens=60, sampled_share=0.5, batch_size=4)
@@ -106,7 +106,7 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
 
 def test_the_mix_is_about_what_was_asked_for() -> None:
     config = replace(CONFIG, sampled_share=0.3)
-    share = sum(is_sampled(f"p{number}", config) for number in range(2000)) / 2000
+    share = sum(is_drawn(f"p{number}", config) for number in range(2000)) / 2000
     assert 0.25 < share < 0.35
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from eda.errors import EdaError
-from eda.models.target import FineTune
+from eda.models.fine_tune import FineTune
 from eda.training.data.samples import Sample
 from eda.training.data.scores import SCORES
 from eda.training.data.selection import score_samples, select

@@ -9,10 +9,10 @@ import torch
 
 from eda.decoder import SpeculativeDecoder
 from eda.models.draft import DraftModel
+from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
-from eda.models.target import FineTune
 from eda.speculation.kinds import Chain
-from eda.training.data.prompts import ChatFormat, prompts_from_strings
+from eda.training.data.prompts import ChatFormat
 from eda.training.data.regenerate import RegenerationConfig, regenerate
 from eda.training.data.samples import Sample
 from eda.training.data.vocabulary import choose_draft_vocabulary
@@ -22,6 +22,7 @@ from eda.training.private_module import PrivateTrainingConfig, train_private_mod
 from eda.training.progress import ProgressEvent, StageStoppedError
 from eda.training.shared_draft import SharedDraftConfig, text_samples, train_shared_draft
 from eda.training.triage import TriageConfig, triage
+from tests.support.prompts import prompts_from_strings
 from tests.support.toys import byte_chat, new_draft, random_target, weights_of
 
 PROMPTS = prompts_from_strings([f"tell {number}" for number in range(14)])

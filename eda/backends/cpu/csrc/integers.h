@@ -165,6 +165,7 @@ inline void multiply_integers(const Group* rows, int64_t stride, const uint8_t* 
   // As many registers of outputs at once as leave room for their weights and one input.
   constexpr int FIT = (Machine::REGISTERS - 2) / (ROWS + Kind::REGISTERS), MOST = BLOCK / LANES;
   constexpr int AT_ONCE = FIT >= 8 && MOST >= 8 ? 8 : FIT >= 4 ? 4 : FIT >= 2 ? 2 : 1;
+  const bool has_minimums = Kind::MIDDLE == Nibbles::MIDDLE && minimums;  // known of bytes when this is compiled
   alignas(64) float all[ROWS][BLOCK] = {};
   for (int g = 0; g < groups; ++g, data += Kind::STEPS * BYTES, scales += BLOCK) {
     prefetch(scales + 2 * BLOCK);
@@ -173,7 +174,7 @@ inline void multiply_integers(const Group* rows, int64_t stride, const uint8_t* 
       keep_in_place();
       typename Kind::Sum sums[ROWS][AT_ONCE];
       for (int r = 0; r < ROWS; ++r) {
-        const auto start = Kind::start(minimums ? 0 : rows[r * stride + g].sum);
+        const auto start = Kind::start(has_minimums ? 0 : rows[r * stride + g].sum);
         for (int i = 0; i < AT_ONCE; ++i) sums[r][i] = start;
       }
 #pragma GCC unroll 8
@@ -191,13 +192,13 @@ inline void multiply_integers(const Group* rows, int64_t stride, const uint8_t* 
         for (int r = 0; r < ROWS; ++r) {
           const Group& given = rows[r * stride + g];
           const Machine::Floats products =
-              Machine::from_ints(Kind::done(sums[r][i], minimums ? 0 : -Kind::MIDDLE * given.sum));
+              Machine::from_ints(Kind::done(sums[r][i], has_minimums ? 0 : -Kind::MIDDLE * given.sum));
           float* at = all[r] + place;
           Machine::store(at, Machine::fma(products, Machine::mul(scale, Machine::splat(given.scale)), Machine::load(at)));
         }
       }
     }
-    if (!minimums) continue;
+    if (!has_minimums) continue;
     for (int place = 0; place < BLOCK; place += LANES) {
       const Machine::Floats minimum = Machine::from_half(minimums + place);
       for (int r = 0; r < ROWS; ++r) {

@@ -9,7 +9,7 @@ import torch
 from eda.decoder import SpeculativeDecoder
 from eda.generation import GenerationRequest, generate
 from eda.models.private import PrivateModule
-from eda.sampling.draws import SamplingParams
+from eda.sampling.params import SamplingParams
 from eda.speculation.kinds import Chain, Off, Speculation, Tree
 from tests.support.narrow import VOCAB_SIZE, NarrowFamily, make_narrow_family
 from tests.support.passes import random_tokens

@@ -5,7 +5,7 @@ import torch
 
 from eda.backends.cpu.verifier import CpuVerifier, can_verify
 from eda.backends.eager.verifier import RulesVerifier
-from eda.sampling.draws import SamplingParams
+from eda.sampling.params import SamplingParams
 from eda.speculation.proposal import Proposal
 from eda.speculation.verification import VerificationRow
 from tests.support.markov import lines_of

@@ -243,7 +243,7 @@ def test_another_version_is_another_file(
         source = shutil.copytree(Path(build.__file__).parent / "csrc", tmp_path / "source" / "csrc")
         with (source / build.SOURCES[-1]).open("a") as file:
             file.write("// more\n")
-        monkeypatch.setattr(build, "__file__", str(source / "build.py"))
+        monkeypatch.setattr(build, "__file__", str(source.parent / "build.py"))
     assert built_by(monkeypatch, program) != first
     assert len(os.listdir(cache)) == 2
 

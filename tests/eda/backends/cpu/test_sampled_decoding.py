@@ -13,7 +13,7 @@ from scipy.stats import chisquare
 from eda.backends.cpu.drafter import CpuDraftLayer
 from eda.decoder import SpeculativeDecoder
 from eda.generation import GenerationRequest, generate
-from eda.sampling.draws import SamplingParams
+from eda.sampling.params import SamplingParams
 from eda.sampling.processors import LogitsContext, process_logits
 from eda.speculation.kinds import Chain, Off, Speculation
 from tests.support.narrow import NarrowFamily, make_narrow_family

@@ -7,10 +7,11 @@ import torch
 
 from eda.backends.cpu.drafter import CpuDraftLayer
 from eda.backends.drafting import Reading
-from eda.decoder import ScheduledRow, SequenceState, SpeculativeDecoder
-from eda.sampling.draws import SamplingParams
+from eda.decoder import ScheduledRow, SpeculativeDecoder
+from eda.sampling.params import SamplingParams
 from eda.speculation.kinds import Tree
 from eda.speculation.proposal import Proposal
+from eda.speculation.sequence import SequenceState
 from tests.support.backends import eager_proposer_of, layer_of, proposer_of
 from tests.support.narrow import VOCAB_SIZE, NarrowFamily, make_narrow_family
 from tests.support.passes import random_tokens

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from eda.backends.cpu.verifier import CpuVerifier, can_verify, verify_chains
 from eda.backends.eager.verifier import RulesVerifier
-from eda.sampling.draws import SamplingParams
+from eda.sampling.params import SamplingParams
 from eda.sampling.processors import LogitsContext, process_logits
 from eda.speculation.proposal import Proposal
 from eda.speculation.verification import Verdict, VerificationRow

@@ -13,10 +13,11 @@ import torch
 
 from eda.backends.loading import load_fine_tune, load_target
 from eda.backends.recorded.replay import CudaGraphBackend, GraphCache
-from eda.decoder import SequenceState, SpeculativeDecoder
+from eda.decoder import SpeculativeDecoder
 from eda.models.draft import DraftModel
-from eda.models.target import FineTune
+from eda.models.fine_tune import FineTune
 from eda.speculation.kinds import Speculation
+from eda.speculation.sequence import SequenceState
 from tests.support.graph_decoding import (
     CHAIN,
     PLAIN,

@@ -8,7 +8,7 @@ import torch
 
 from eda.backends.drafting import Reading
 from eda.decoder import ScheduledRow, SpeculativeDecoder
-from eda.sampling.draws import SamplingParams
+from eda.sampling.params import SamplingParams
 from eda.speculation.kinds import Chain, Speculation
 from tests.support.backends import eager_proposer_of, layer_of, proposer_of
 from tests.support.graph_decoding import (

@@ -28,9 +28,10 @@ from eda.backends.recorded.target import target_function
 from eda.decoder import ScheduledRow, SpeculativeDecoder
 from eda.formats.config import ModelConfig, RopeConfig
 from eda.models.draft import DraftConfig, DraftModel
+from eda.models.fine_tune import FineTune
 from eda.models.lora import LoraAdapter, LoraLayer, LowRank, LowRankBlock
-from eda.models.target import FineTune, TargetModel
-from eda.sampling.draws import SamplingParams
+from eda.models.target import TargetModel
+from eda.sampling.params import SamplingParams
 from eda.speculation.kinds import Speculation
 from tests.support.backends import eager_proposer_of
 from tests.support.graph_decoding import (
