@@ -223,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     max_length = longest + options.tokens + ROOM_FOR_DRAFTS
     most = max(MIXED_CONCURRENCY, *(int(part) for part in options.concurrency.split(",")))
     decoder = SpeculativeDecoder.for_models(family.target, family.draft, num_slots=max_length * most)
-    table = SpeculationTable.default(decoder.backend.name)
+    table = SpeculationTable.default(decoder.backend.costs)
     if options.calibration:
         table = SpeculationTable.load(options.calibration)
     settings = {

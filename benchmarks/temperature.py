@@ -20,7 +20,8 @@ from benchmarks.compare import DOMAINS, load_family
 from benchmarks.own_engine import KINDS, Family
 from eda.decoder import ScheduledRow, SpeculativeDecoder
 from eda.sampling.params import SamplingParams
-from eda.server.engine.sequence import DraftMode, SequenceLabels, StepStats
+from eda.server.engine.draft_mode import DraftMode
+from eda.server.engine.sequence import SequenceLabels, StepStats
 from eda.server.engine.speculation import SpeculationPolicy, SpeculationTable
 from eda.server.model_paths import model_paths
 from eda.server.settings import load_settings
@@ -140,7 +141,7 @@ def main() -> None:
     decoder = SpeculativeDecoder.for_models(target, family.draft, num_slots=2048, seed=0)
     backend = decoder.backend.name
     table = (
-        SpeculationTable.default(backend)
+        SpeculationTable.default(decoder.backend.costs)
         if arguments.calibration is None
         else SpeculationTable.load(arguments.calibration)
     )

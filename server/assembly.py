@@ -9,7 +9,6 @@ from eda.adapters.serving.model_loader import ModelLoader
 from eda.adapters.serving.traffic import TrafficRecord
 from eda.adapters.serving.watcher import RegistryWatcher
 from eda.adapters.templates.renderer import TemplateRenderer
-from eda.backends.base import BackendName
 from eda.decoder import SpeculativeDecoder
 from eda.formats.chat_template import ChatTemplateError
 from eda.formats.tokenizer import TextTokenizer
@@ -27,6 +26,7 @@ from eda.server.model_paths import model_paths
 from eda.server.models import choose_device, load_pair
 from eda.server.services import Runtime, Services
 from eda.server.settings import ConfigurationError, Settings
+from eda.speculation.costs import DraftCosts
 from eda.speculation.kinds import Speculation
 
 
@@ -53,7 +53,7 @@ def load_runtime(services: Services) -> Runtime:
         target, draft, num_slots=cache.num_slots, graphs=settings.cuda_graphs
     )
     services.metrics.watch_cache(lambda: decoder.cache.allocator.num_free, cache.num_slots)
-    table = _table(settings, decoder.backend.name)
+    table = _table(settings, decoder.backend.costs)
     # Part of loading, so that the server is ready when the usual passes are recorded.
     num_graphs = decoder.warm_up(_usual_rounds(table, decoder.backend.usual_batches, settings.max_running))
     tokenizer = load_tokenizer(paths.target)
@@ -168,9 +168,9 @@ def _usual_rounds(
     return [(size, table.level_for(size).speculation()) for size in batches if size <= max_running]
 
 
-def _table(settings: Settings, backend: BackendName) -> SpeculationTable:
+def _table(settings: Settings, costs: DraftCosts) -> SpeculationTable:
     if settings.calibration is None:
-        return SpeculationTable.default(backend)
+        return SpeculationTable.default(costs)
     try:
         return SpeculationTable.load(settings.calibration)
     except SpeculationTableError as error:

@@ -18,7 +18,8 @@ from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
 from eda.models.target import TargetModel
 from eda.sampling.params import SamplingParams
-from eda.server.engine.speculation import TORCH_COSTS, DraftCosts, SpeculationLevel, SpeculationTable
+from eda.server.engine.speculation import SpeculationLevel, SpeculationTable
+from eda.speculation.costs import DraftCosts
 from eda.speculation.kinds import Chain, Tree
 
 LARGEST_TREE_BATCH = 2
@@ -199,7 +200,7 @@ def draft_costs(measurements: Sequence[Measurement], verified: float) -> DraftCo
         if m.num_speculative_tokens
     ]
     if not points:
-        return TORCH_COSTS
+        return DraftCosts()
     if len(points) == 1:
         [(length, added)] = points
         slope, intercept = added / length, 0.0

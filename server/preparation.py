@@ -10,7 +10,8 @@ from eda.adapters.templates.renderer import TemplateRenderer
 from eda.formats.chat_template import ChatTemplateError, Message
 from eda.formats.tokenizer import TextTokenizer
 from eda.sampling.params import SamplingParams
-from eda.server.engine.sequence import DraftMode, Sequence, SequenceLabels
+from eda.server.engine.draft_mode import DraftMode
+from eda.server.engine.sequence import Sequence, SequenceLabels
 from eda.server.engine.stopping import StopChecker, StopConditions
 from eda.server.errors import ContextLengthError, InvalidRequestError, UnknownModelNameError
 from eda.server.schemas.generation import ChatCompletionRequest, CompletionRequest, GenerationOptions
@@ -197,7 +198,7 @@ def build(
             sequence = Sequence(
                 f"{request_id}-{place * copies + copy}", state, checker, labels, deadline, body.priority
             )
-            sequence.prefers_private = body.draft == "private"
+            sequence.prefers_private = body.draft == "private" and draft != "lookup"
             if not services.engine.fits(sequence):
                 raise ContextLengthError(
                     f"{len(prompt)} prompt tokens and {max_tokens} output tokens do not fit into the server's cache",
@@ -210,18 +211,19 @@ def build(
 def _draft_mode(services: Services, body: GenerationOptions, lease: Lease) -> DraftMode:
     """What drafts for this request: what it asks for, as far as it is there.
 
-    A model without a private module has the shared draft alone. On a server without a draft the default decodes
-    plainly; a draft that was asked for by name is refused with ``InvalidRequestError``.
+    A model without a private module has the shared draft alone. On a server without a draft the default looks drafts
+    up; a draft model that was asked for by name is refused with ``InvalidRequestError``.
     """
-    if body.draft == "none":
-        return "none"
+    if body.draft in ("lookup", "none"):
+        return body.draft
     if not services.loaded().can_draft:
         if "draft" in body.model_fields_set:
             raise InvalidRequestError(
-                f'draft is "{body.draft}"; this server runs without a draft model, so leave it out or give "none"',
+                f'draft is "{body.draft}"; this server runs without a draft model, so leave it out or give "lookup" or '
+                '"none"',
                 param="draft",
             )
-        return "none"
+        return "lookup"
     return "private" if body.draft == "private" and lease.private is not None else "shared"
 
 

@@ -4,7 +4,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import typer
@@ -24,13 +23,12 @@ from eda.models.draft import DraftModel
 from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
 from eda.models.target import TargetModel
+from eda.server.engine.draft_mode import DraftMode
 from eda.server.model_paths import ModelPaths, model_paths
 from eda.server.models import choose_device, load_pair
 from eda.server.settings import ConfigurationError, Settings
 from eda.server.tokenizer import detokenizer_of
-from eda.speculation.kinds import Off
-
-DraftChoice = Literal["none", "shared", "private"]
+from eda.speculation.kinds import Lookup, Off
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +42,7 @@ class LoadedModel:
     tokenizer: TextTokenizer
 
 
-def load_model(settings: Settings, name: str, draft: DraftChoice | None) -> LoadedModel:
+def load_model(settings: Settings, name: str, draft: DraftMode | None) -> LoadedModel:
     """Raises ``ConfigurationError`` or ``EdaError`` when the model, or the draft that was asked for, is not there."""
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
@@ -83,7 +81,7 @@ def load_model(settings: Settings, name: str, draft: DraftChoice | None) -> Load
         )
     if draft == "shared" and shared is None:
         raise ConfigurationError(
-            "there is no shared draft for this model; use --draft none, or eda train-draft first"
+            "there is no shared draft for this model; use --draft lookup or none, or eda train-draft first"
         )
     tokenizer = fine_tune.tokenizer or load_tokenizer(tokenizer_directory)
     return LoadedModel(target, shared, fine_tune, private, tokenizer)
@@ -110,12 +108,12 @@ def _private_module(
     return None
 
 
-def used_draft(loaded: LoadedModel, wanted: DraftChoice | None) -> DraftChoice:
+def used_draft(loaded: LoadedModel, wanted: DraftMode | None) -> DraftMode:
     if wanted is not None:
         return wanted
     if loaded.private is not None:
         return "private"
-    return "shared" if loaded.draft is not None else "none"
+    return "shared" if loaded.draft is not None else "lookup"
 
 
 def prompt_ids(tokenizer: TextTokenizer, prompt: str, chat: bool) -> list[int]:
@@ -131,7 +129,7 @@ def run_generation(
 ) -> tuple[Generation, str, float]:
     """The generation, its text, and the seconds that it took, the prompt's computation included."""
     num_slots = len(request.prompt_ids) + request.max_tokens + request.speculation.slots
-    draft = None if isinstance(request.speculation, Off) else loaded.draft
+    draft = None if isinstance(request.speculation, Off | Lookup) else loaded.draft
     decoder = SpeculativeDecoder.for_models(loaded.target, draft, num_slots=num_slots)
     detokenizer = detokenizer_of(loaded.tokenizer)
     pieces: list[str] = []

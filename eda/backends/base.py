@@ -6,7 +6,7 @@ what its allow-list covers, and hands on the rest; so the decoder asks once and 
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from eda.models.answers import Answer, Need
 from eda.models.cache import KVCache
 from eda.models.target import TapLayers, TargetModel
+from eda.speculation.costs import DraftCosts
 from eda.speculation.kinds import Speculation
 from eda.speculation.proposal import Proposal
 from eda.speculation.rows import PassRow
@@ -89,13 +90,15 @@ class Backend:
     """All that computes for one decoder."""
 
     name: BackendName
-    """For logs, benchmarks, and what a draft is expected to cost."""
+    """For logs and benchmarks."""
     cache: KVCache
     """The target's; its slots are given to sequences."""
     target: TargetRunner
     verifier: Verifier
     drafters: Mapping[type[Speculation], Drafter]
     """By the class of a sequence's speculation. Without one for its class, a sequence is decoded plainly."""
+    costs: DraftCosts = field(default_factory=DraftCosts)
+    """What a draft is expected to cost here, where nothing was measured."""
     usual_batches: tuple[int, ...] = ()
     """Numbers of sequences that ``prepare`` pays for."""
     around_step: Callable[[], AbstractContextManager[object]] = nullcontext

@@ -15,6 +15,7 @@ from eda.backends.cpu.verifier import CpuVerifier
 from eda.backends.drafting import Proposer
 from eda.backends.eager.draft_layer import TorchDraftLayer
 from eda.backends.eager.drafter import ChainTreeDrafter
+from eda.backends.eager.lookup import LookupDrafter
 from eda.backends.eager.proposer import EagerProposer
 from eda.backends.eager.target import EagerTarget
 from eda.backends.eager.verifier import RulesVerifier
@@ -25,10 +26,14 @@ from eda.backends.recorded.target import RecordedTarget
 from eda.models.draft import DraftModel
 from eda.models.fine_tune import FineTune
 from eda.models.target import TargetModel
-from eda.speculation.kinds import Chain, Speculation, Tree
+from eda.speculation.costs import DraftCosts
+from eda.speculation.kinds import Chain, Lookup, Speculation, Tree
 
 GraphChoice = Literal["auto", "off"] | Recorder | GraphCache
 """How small passes are recorded and replayed: "auto" (CUDA graphs on a GPU), "off", or by this recorder."""
+
+CPU_COSTS = DraftCosts(draft_cost=0.05, verification_cost=0.07, extension_cost=0.22)
+"""Of the bundled family on the C++ passes, where reading weights takes most of a plain step."""
 
 
 def choose_backend(
@@ -59,6 +64,7 @@ def choose_backend(
             EagerTarget(cache),
             verifier,
             _by_kind(trained),
+            CPU_COSTS,
             around_step=kernel_threads_only,
         )
     recordings = _recordings(graphs, target)
@@ -78,8 +84,9 @@ def choose_backend(
 
 
 def _by_kind(trained: Drafter | None) -> dict[type[Speculation], Drafter]:
-    """The drafter of each kind of speculation. One that needs no draft model belongs here whatever ``trained`` is."""
-    return {} if trained is None else {Chain: trained, Tree: trained}
+    """The drafter of each kind of speculation. Those that need no draft model are there whatever ``trained`` is."""
+    drafters: dict[type[Speculation], Drafter] = {Lookup: LookupDrafter()}
+    return drafters if trained is None else drafters | {Chain: trained, Tree: trained}
 
 
 def _recordings(choice: GraphChoice, target: TargetModel) -> GraphCache | None:

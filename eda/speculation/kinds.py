@@ -96,4 +96,33 @@ class Tree:
         return 0 if self.slots > num_slots else max(0, min(self.depth, num_tokens))
 
 
-Speculation = Off | Chain | Tree
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """What followed the last tokens earlier in the same sequence. It needs no draft model.
+
+    Attributes:
+        length: draft tokens at most; 0 pauses drafting.
+    """
+
+    mode: ClassVar[Literal["lookup"]] = "lookup"
+    length: int = 8
+
+    def __post_init__(self) -> None:
+        _check("length", self.length, 0)
+
+    @property
+    def num_nodes(self) -> int:
+        """As of ``Off``."""
+        return self.length
+
+    @property
+    def slots(self) -> int:
+        """As of ``Off``."""
+        return self.length + 1
+
+    def fitting(self, num_tokens: int, num_slots: int) -> int:
+        """As of ``Off``: tokens."""
+        return max(0, min(self.length, num_tokens, num_slots - 1))
+
+
+Speculation = Off | Chain | Tree | Lookup

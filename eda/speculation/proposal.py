@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 from torch import Tensor
 
 
@@ -54,6 +55,14 @@ class Proposal:
     ) -> Self:
         """A proposal without branches."""
         return cls(list(token_ids), list(range(len(token_ids))), draft_probs, draft_token_ids)
+
+    def as_drawn(self) -> "Proposal":
+        """This chain with the distributions of its tokens: where they are deterministic, each was the only one."""
+        if self.draft_probs is not None:
+            return self
+        tokens = torch.tensor(self.token_ids)
+        ids = torch.tensor(sorted(set(self.token_ids)))
+        return Proposal.chain(self.token_ids, (tokens[:, None] == ids).to(torch.float32), ids)
 
     def __len__(self) -> int:
         return len(self.token_ids)

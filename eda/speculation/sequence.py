@@ -14,7 +14,7 @@ from eda.speculation.kinds import Chain, Off, Speculation
 from eda.transfers import upload
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class SequenceState:
     """One sequence as the decoder sees it. ``token_ids`` holds the prompt and grows with each emitted token.
 

@@ -3,15 +3,15 @@
 import asyncio
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from eda.server.bundled_prompts import bundled_prompts
+from eda.server.engine.draft_mode import DraftMode
 from eda.server.settings import ConfigurationError
 
 TABLE_WIDTH = 110
-DRAFTS = ("none", "shared", "private")
 
 
 def bench_serve(
@@ -68,9 +68,9 @@ def bench_serve(
 
 def _draft_modes(text: str) -> list[str]:
     modes = [part.strip() for part in text.split(",") if part.strip()]
-    if not modes or any(mode not in DRAFTS for mode in modes):
+    if not modes or any(mode not in get_args(DraftMode) for mode in modes):
         raise ConfigurationError(
-            f"--draft is {text!r}; it must be some of {', '.join(DRAFTS)}, separated by commas"
+            f"--draft is {text!r}; it must be some of {', '.join(get_args(DraftMode))}, separated by commas"
         )
     return list(dict.fromkeys(modes))
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from eda.errors import EdaError
+from eda.server.engine.draft_mode import DraftMode
 from eda.server.settings import ConfigurationError, load_settings
 
 if TYPE_CHECKING:
@@ -21,8 +22,10 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 256,
     draft: Annotated[
-        Literal["none", "shared", "private"] | None,
-        typer.Option(help="What speculates. [the most that the model has]", show_default=False),
+        DraftMode | None,
+        typer.Option(
+            help="What speculates. [the most that the model has, lookup without a draft]", show_default=False
+        ),
     ] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
@@ -56,7 +59,7 @@ def generate(
     from eda.generation import GenerationRequest
     from eda.sampling.params import SamplingParams
     from eda.server.single_model import load_model, prompt_ids, run_generation, used_draft
-    from eda.speculation.kinds import Chain, Off, Tree
+    from eda.speculation.kinds import Chain, Lookup, Off, Speculation, Tree
 
     try:
         settings = load_settings(
@@ -66,12 +69,14 @@ def generate(
         loaded = load_model(settings, model, draft)
         sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         length = num_speculative_tokens
-        speculation = Tree(length) if shape == "tree" else Chain(length)
         ids = prompt_ids(loaded.tokenizer, prompt, chat)
     except (ConfigurationError, EdaError, ChatTemplateError, ValueError) as error:
         typer.echo(f"eda generate: {error}", err=True)
         raise typer.Exit(2) from error
     used = used_draft(loaded, draft)
+    speculation: Speculation = Tree(length) if shape == "tree" else Chain(length)
+    if used in ("lookup", "none"):
+        speculation = Lookup() if used == "lookup" else Off()
     limits = loaded.fine_tune.model.config
     eos_ids = frozenset() if ignore_eos else frozenset(limits.eos_token_ids) | loaded.tokenizer.eos_ids
     room = limits.max_position_embeddings - len(ids)
@@ -86,7 +91,7 @@ def generate(
         min(max_tokens, room),
         eos_ids,
         sampling,
-        Off() if used == "none" else speculation,
+        speculation,
         loaded.private if used == "private" else None,
     )
     generation, text, seconds = run_generation(loaded, request, eos_ids, show=not as_json)

@@ -6,11 +6,12 @@ from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Self
 
+from eda.server.engine.draft_mode import DraftMode
 from eda.server.engine.engine import Engine, EngineHooks, EngineStoppedError, Output
 from eda.server.engine.scheduler import Decoder, Scheduler, SchedulerLimits
-from eda.server.engine.sequence import DraftMode, Sequence, SequenceDelta, StepStats
+from eda.server.engine.sequence import Sequence, SequenceDelta, StepStats
 from eda.server.engine.speculation import SpeculationPolicy
-from eda.speculation.kinds import Off, Speculation
+from eda.speculation.kinds import Speculation
 
 
 class OutputStream:
@@ -136,7 +137,7 @@ class AsyncEngine:
 
     def speculation_for(self, draft: DraftMode) -> Speculation:
         """What a new sequence must be admitted with, so that any level chosen later has its slots."""
-        return Off() if draft == "none" else self._policy.largest
+        return self._policy.largest_for(draft)
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()

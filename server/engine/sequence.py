@@ -7,11 +7,10 @@ from enum import StrEnum
 from typing import Literal
 
 from eda.decoder import StepResult
+from eda.server.engine.draft_mode import DraftMode
 from eda.server.engine.stopping import FinishReason, StopChecker
 from eda.speculation.sequence import SequenceState
 from eda.speculation.verification import TokenLogprobs
-
-DraftMode = Literal["private", "shared", "none"]
 
 
 class SequenceStatus(StrEnum):
@@ -36,7 +35,7 @@ class StepStats:
     """One decoding step of one sequence, as the decoder did it: not cut by stop conditions."""
 
     labels: SequenceLabels
-    mode: Literal["none", "chain", "tree"]
+    mode: Literal["none", "chain", "tree", "lookup"]
     num_draft_tokens: int
     num_accepted: int
     num_emitted: int

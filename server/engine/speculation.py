@@ -6,16 +6,16 @@ As the batch grows the pass becomes compute-bound and every rejected token costs
 
 import json
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from eda.backends.base import BackendName
 from eda.formats.json_files import read_json
+from eda.server.engine.draft_mode import DraftMode
 from eda.server.engine.sequence import SequenceLabels, StepStats
-from eda.speculation.kinds import Chain, Off, Speculation, Tree
+from eda.speculation.costs import DraftCosts
+from eda.speculation.kinds import Chain, Lookup, Off, Speculation, Tree
 
 ADAPTERS_TRACKED = 1024
 """Label sets, greedy and sampled apart, whose acceptance is remembered; the longest unused is forgotten first."""
@@ -62,48 +62,8 @@ class SpeculationLevel:
                 raise SpeculationTableError(f"{name} is {getattr(self, name)}; it must be from 0 to below 1")
 
 
-@dataclass(frozen=True, slots=True)
-class DraftCosts:
-    """What a draft adds to a step, as fractions of a plain step of one sequence.
-
-    Attributes:
-        draft_cost: one pass of the draft over its own outputs.
-        verification_cost: one more token in the target's pass.
-        extension_cost: the pass that begins a draft, over the features of the accepted tokens, with all that drafting
-            at all takes. It gives the first token of a chain.
-    """
-
-    draft_cost: float = 0.15
-    verification_cost: float = 0.0
-    extension_cost: float = 0.15
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not 0.0 <= value <= 10.0:
-                raise SpeculationTableError(f"{field.name} is {value}; it must be from 0 to 10")
-
-    @classmethod
-    def of_json(cls, document: Mapping[str, Any]) -> Self:
-        """Files of older versions have a ``draft_cost`` alone: all that a draft token costs, the first one too."""
-        draft = float(document["draft_cost"])
-        return cls(
-            draft,
-            float(document.get("verification_cost", 0.0)),
-            float(document.get("extension_cost", draft)),
-        )
-
-    def of(self, num_passes: int, num_tokens: int) -> float:
-        """Of ``num_passes`` passes of the draft, the extension included, and ``num_tokens`` tokens to verify."""
-        if not num_passes:
-            return 0.0
-        return self.extension_cost + self.draft_cost * (num_passes - 1) + self.verification_cost * num_tokens
-
-
-CPU_PASSES_COSTS = DraftCosts(draft_cost=0.05, verification_cost=0.07, extension_cost=0.22)
-"""Of the bundled family on the C++ passes, where reading weights takes most of a plain step."""
-TORCH_COSTS = DraftCosts(draft_cost=0.1, verification_cost=0.02, extension_cost=0.15)
-"""Of torch's passes, which consist of overhead: a verified token is nearly free."""
+DEAR_VERIFICATION = 0.05
+"""From this ``verification_cost`` on, drafts of many tokens lose where few are accepted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +71,7 @@ class SpeculationTable:
     """Levels by batch size, smallest first; the last holds for every larger batch too."""
 
     levels: tuple[SpeculationLevel, ...]
-    costs: DraftCosts = TORCH_COSTS
+    costs: DraftCosts = field(default_factory=DraftCosts)
 
     def __post_init__(self) -> None:
         sizes = [level.max_batch_size for level in self.levels]
@@ -123,15 +83,16 @@ class SpeculationTable:
             level.check()
 
     @classmethod
-    def default(cls, backend: BackendName = "torch") -> Self:
-        """For machines without a calibration.
+    def default(cls, costs: DraftCosts | None = None) -> Self:
+        """For machines without a calibration; ``costs`` are a backend's.
 
-        On the backend ``cpu``, the C++ passes, a draft step costs little, but every further token makes the target's
-        pass longer. So chains end where the draft is unsure, and from four sequences on there are none, since they were
-        measured to lose (docs/measurements/performance.md). At a temperature about half of the draft's tokens are
-        accepted, sure or not: chains are shorter, and how probable a drawn token was says little.
+        Where every further token makes the target's pass clearly longer, chains end where the draft is unsure, and from
+        four sequences on there are none, since they were measured to lose (docs/measurements/performance.md). At a
+        temperature about half of the draft's tokens are accepted, sure or not: chains are shorter, and how probable a
+        drawn token was says little.
         """
-        if backend == "cpu":
+        costs = costs or DraftCosts()
+        if costs.verification_cost >= DEAR_VERIFICATION:
             return cls(
                 (
                     SpeculationLevel(
@@ -152,7 +113,7 @@ class SpeculationTable:
                     ),
                     SpeculationLevel(64, "chain", 0),
                 ),
-                CPU_PASSES_COSTS,
+                costs,
             )
         return cls(
             (
@@ -161,7 +122,8 @@ class SpeculationTable:
                 SpeculationLevel(8, "chain", 3),
                 SpeculationLevel(16, "chain", 2),
                 SpeculationLevel(64, "chain", 1),
-            )
+            ),
+            costs,
         )
 
     def level_for(self, batch_size: int) -> SpeculationLevel:
@@ -245,6 +207,8 @@ class SpeculationPolicy:
     a tree that does not pay becomes a chain, a chain gets shorter or is left out. What is avoided is still tried every
     ``probe_every`` steps, or an adapter that got better could not be noticed. Sequences with a temperature are accepted
     less often than greedy ones, so each adapter is measured for both.
+
+    Look-ups are measured in the same way, for each model. They follow no level: what they cost follows from the batch.
     """
 
     def __init__(
@@ -263,15 +227,22 @@ class SpeculationPolicy:
         self._probe_every = probe_every
         self._level = 0
         self._steps_against = 0
+        self._batch_size = 1
         self._measured: OrderedDict[tuple[SequenceLabels, bool], _Measured] = OrderedDict()
 
     @property
     def level(self) -> SpeculationLevel:
         return self._table.levels[self._level]
 
+    def largest_for(self, draft: DraftMode) -> Speculation:
+        """What a sequence must be admitted with, so that whatever is chosen later has its slots."""
+        if draft == "none":
+            return Off()
+        return Lookup() if draft == "lookup" else self.largest
+
     @property
     def largest(self) -> Chain | Tree:
-        """The speculation that takes the most cache slots of all levels: what a sequence must be admitted with."""
+        """The speculation that takes the most cache slots of all levels."""
         return max(
             (level.speculation(sampled=sampled) for level in self._table.levels for sampled in (False, True)),
             key=lambda item: item.slots,
@@ -281,6 +252,7 @@ class SpeculationPolicy:
         """Called once a step with the number of decoding sequences."""
         if batch_size == 0:
             return
+        self._batch_size = batch_size
         wanted = self._wanted(batch_size)
         if wanted == self._level:
             self._steps_against = 0
@@ -313,7 +285,7 @@ class SpeculationPolicy:
         """
         if isinstance(current, Off):
             return current
-        wanted = self.level.speculation(sampled=sampled)
+        wanted = Lookup() if isinstance(current, Lookup) else self.level.speculation(sampled=sampled)
         measured = self._measured.get((labels, sampled))
         if measured is None or not wanted.num_nodes:
             return wanted
@@ -323,9 +295,12 @@ class SpeculationPolicy:
         measured.num_avoided += 1
         return wanted if measured.num_avoided % self._probe_every == 0 else best
 
-    def _worthwhile(self, measured: _Measured, wanted: Chain | Tree) -> Chain | Tree:
+    def _worthwhile(self, measured: _Measured, wanted: Chain | Tree | Lookup) -> Chain | Tree | Lookup:
         """``wanted``, or what an adapter with this acceptance does better with."""
         costs = self._table.costs
+        chain: Chain | Lookup
+        if isinstance(wanted, Lookup):
+            costs = costs.of_lookup(self._batch_size)
         if isinstance(wanted, Tree):
             trees = measured.accepted_per_tree
             cost = costs.of(wanted.depth, wanted.num_nodes)

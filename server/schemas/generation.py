@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, model_validator
 from pydantic.fields import FieldInfo
 
+from eda.server.engine.draft_mode import DraftMode
 from eda.server.validation import ParameterError
 
 Text = Annotated[str, Field(max_length=2**31 - 1)]
@@ -120,9 +121,10 @@ class GenerationOptions(RequestModel):
     safety_identifier: Label | None = Field(None, description=NO_EFFECT)
     prompt_cache_key: Label | None = Field(None, description=NO_EFFECT)
 
-    draft: Literal["private", "shared", "none"] = Field(
+    draft: DraftMode = Field(
         "private",
-        description="what speculates: the fine-tune's private module, the shared draft alone, or nothing",
+        description="what speculates: the fine-tune's private module, the shared draft alone, a look-up in the text so "
+        "far, or nothing; without a draft model the default is a look-up",
     )
     top_k: int | None = Field(None, ge=-1, le=2**31 - 1, description="0 or -1: off")
     min_p: float | None = Field(None, ge=0, le=1)

@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field
 
+from eda.server.engine.draft_mode import DraftMode
+
 
 def _is_none(value: Any) -> bool:
     return value is None
@@ -50,7 +52,7 @@ class RequestMetrics(BaseModel):
         description="accepted of proposed draft tokens; null: none proposed"
     )
     num_target_passes: int
-    draft: Literal["private", "shared", "none"] = Field(description="what drafted")
+    draft: DraftMode = Field(description="what drafted")
     adapter: str | None
     adapter_version: int | None
 

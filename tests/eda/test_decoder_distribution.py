@@ -6,6 +6,7 @@ even a random draft proposes what the target may well accept.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from eda.decoder import SpeculativeDecoder
 from eda.generation import GenerationRequest, generate
 from eda.models.private import PrivateModule
 from eda.sampling.params import SamplingParams
-from eda.speculation.kinds import Chain, Speculation, Tree
+from eda.speculation.kinds import Chain, Lookup, Speculation, Tree
 from tests.support.reference_family import Family, make_family
 
 NUM_ALLOWED = 4
@@ -35,14 +36,16 @@ def allowed_tokens(family: Family) -> list[int]:
     return family.draft.draft_token_ids[:NUM_ALLOWED].tolist()
 
 
-def exact_probabilities(family: Family, model: str) -> dict[tuple[int, ...], float]:
+def exact_probabilities(
+    family: Family, model: str, prompt: Sequence[int] = PROMPT
+) -> dict[tuple[int, ...], float]:
     """Probability of each triple of allowed tokens, from the reference's logits."""
     allowed = allowed_tokens(family)
     outcomes: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(3):
         longer: dict[tuple[int, ...], float] = {}
         for path, mass in outcomes.items():
-            logits = family.reference_logits(model, PROMPT + list(path))[-1][allowed]
+            logits = family.reference_logits(model, [*prompt, *path])[-1][allowed]
             shares = (logits / TEMPERATURE).softmax(-1).tolist()
             for token, share in zip(allowed, shares, strict=True):
                 longer[(*path, token)] = mass * share
@@ -51,7 +54,12 @@ def exact_probabilities(family: Family, model: str) -> dict[tuple[int, ...], flo
 
 
 def draws(
-    family: Family, model: str, speculation: Speculation, *, block: bool = False
+    family: Family,
+    model: str,
+    speculation: Speculation,
+    *,
+    block: bool = False,
+    prompt: Sequence[int] = PROMPT,
 ) -> tuple[Counter[tuple[int, ...]], float]:
     """Counts of emitted triples, and the share of decoding passes that accepted a draft token."""
     decoder = SpeculativeDecoder.for_models(
@@ -61,7 +69,7 @@ def draws(
     for parameter in module.parameters():
         parameter.data.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(2))
     sampling = SamplingParams(temperature=TEMPERATURE, logit_bias=dict.fromkeys(allowed_tokens(family), BIAS))
-    request = GenerationRequest(PROMPT, 3, sampling=sampling, speculation=speculation, private=module)
+    request = GenerationRequest(prompt, 3, sampling=sampling, speculation=speculation, private=module)
     generations = generate(decoder, family.fine_tunes[model], [request] * NUM_DRAWS, max_batch=150)
     passes = [accepted for generation in generations for _, accepted in generation.steps]
     accepting = sum(count > 0 for count in passes) / len(passes)
@@ -97,6 +105,16 @@ def test_sampled_output_follows_the_target(family: Family, speculation: Speculat
     assert 0.1 < accepting < 0.95, "the test needs accepted and rejected drafts"
     exact = exact_probabilities(family, "code")
     assert significance(counts, exact) > 1e-4
+
+
+@pytest.mark.parametrize("block", [False, True])
+def test_looked_up_drafts_leave_the_distribution_as_it_is(family: Family, block: bool) -> None:
+    """The prompt holds each pair of the allowed tokens, so that something follows whatever is drawn."""
+    pairs = [0, 0, 1, 0, 2, 0, 3, 1, 1, 2, 1, 3, 2, 2, 3, 3, 0]
+    prompt = [*PROMPT, *(allowed_tokens(family)[place] for place in pairs)]
+    counts, accepting = draws(family, "code", Lookup(), block=block, prompt=prompt)
+    assert 0.1 < accepting < 0.95, "the test needs accepted and rejected drafts"
+    assert significance(counts, exact_probabilities(family, "code", prompt)) > 1e-4
 
 
 def test_the_check_fails_when_drafts_are_accepted_unseen(

@@ -30,6 +30,7 @@ from eda.models.private import PrivateModule
 from eda.models.probe import require_usable
 from eda.models.target import TargetModel
 from eda.server.engine.speculation import SpeculationTable, SpeculationTableError
+from eda.speculation.costs import DraftCosts
 from eda.training.data.prompts import ChatFormat, read_prompts, read_texts
 from eda.training.data.samples import read_samples
 from tests.support.reference_family import make_family
@@ -200,7 +201,7 @@ def test_samples(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) 
 @given(data=st.data())
 def test_calibrations(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     path = tmp_path_factory.getbasetemp() / "table.json"
-    SpeculationTable.default("cpu").save(path)
+    SpeculationTable.default(DraftCosts(verification_cost=0.07)).save(path)
     damage(data, path)
     taken_or_refused(lambda: SpeculationTable.load(path), SpeculationTableError)
 

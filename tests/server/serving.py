@@ -17,9 +17,10 @@ from eda.server.app import create_app
 from eda.server.connections import ServerConfig
 from eda.server.engine.async_engine import AsyncEngine
 from eda.server.engine.scheduler import SchedulerLimits
-from eda.server.engine.speculation import DraftCosts, SpeculationLevel, SpeculationPolicy, SpeculationTable
+from eda.server.engine.speculation import SpeculationLevel, SpeculationPolicy, SpeculationTable
 from eda.server.services import Runtime, Services
 from eda.server.settings import Settings
+from eda.speculation.costs import DraftCosts
 from tests.support.family import MAX_LENGTH, Family
 
 TABLE = SpeculationTable(

@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 from eda.server.bundled_prompts import bundled_prompts
 from eda.server.calibration import Measurement, best_levels, draft_costs
 from eda.server.cli import app
-from eda.server.engine.speculation import DraftCosts, SpeculationLevel, SpeculationTable
+from eda.server.engine.speculation import SpeculationLevel, SpeculationTable
 from eda.server.load_generator import ClientView, LoadResult, read_prompts
 from eda.server.load_report import with_ratios
+from eda.speculation.costs import DraftCosts
 from tests.support.oracle import Oracle
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +36,7 @@ def models(family_directory: Path) -> list[str]:
     return ["--models-dir", str(family_directory), "--dtype", "float32"]
 
 
-@pytest.mark.parametrize("draft", ["none", "shared"])
+@pytest.mark.parametrize("draft", ["none", "shared", "lookup"])
 @pytest.mark.parametrize("model", ["base", "math", "full"])
 def test_generate_prints_the_targets_text(models: list[str], oracle: Oracle, model: str, draft: str) -> None:
     arguments = [
@@ -71,7 +72,7 @@ def test_generate_stands_alone_without_a_family(
     path = str(family_directory / "full")
     code, text, report = run("generate", "--model", path, "--prompt", PROMPT, "--max-tokens", "8", *alone)
     assert (code, text.removesuffix("\n")) == (0, oracle.text("full", PROMPT, 8))
-    assert "(draft: none)" in report
+    assert "(draft: lookup)" in report
 
 
 def test_generate_as_json(models: list[str]) -> None:
@@ -106,13 +107,21 @@ def test_bench_serve_measures_all_modes(url: str, tmp_path: Path) -> None:
     output = tmp_path / "numbers.json"
     code, table, error = run(
         *("bench", "serve", "--url", url, "--model", "math", "--prompts", str(prompts), "--max-tokens", "6"),
-        *("--concurrency", "1,2", "--draft", "none,shared,private", "--json", str(output), "--ignore-eos"),
+        *(
+            "--concurrency",
+            "1,2",
+            "--draft",
+            "none,shared,private,lookup",
+            "--json",
+            str(output),
+            "--ignore-eos",
+        ),
     )
     assert code == 0, error
     assert "vs none" in table
     results = json.loads(output.read_text(encoding="utf-8"))["results"]
     assert [(r["concurrency"], r["draft"]) for r in results] == [
-        (concurrency, draft) for concurrency in (1, 2) for draft in ("none", "shared", "private")
+        (concurrency, draft) for concurrency in (1, 2) for draft in ("none", "shared", "private", "lookup")
     ]
     for result in results:
         assert result["num_requests"] == 6

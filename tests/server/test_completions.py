@@ -15,7 +15,7 @@ from tests.support.family import MAX_LENGTH, Family
 from tests.support.oracle import Oracle
 
 PROMPT = "the quick brown fox"
-DRAFTS = ("private", "shared", "none")
+DRAFTS = ("private", "shared", "lookup", "none")
 
 
 def complete(client: httpx.Client, **body: Any) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def test_metrics_tell_how_the_draft_did(client: httpx.Client, oracle: Oracle) ->
     assert drafted["mean_acceptance_length"] == pytest.approx(39 / drafted["num_target_passes"], abs=1e-3)
     assert 0 < drafted["draft_acceptance_rate"] < 1
     assert (drafted["adapter"], drafted["adapter_version"]) == ("math", 1)
-    for draft in ("shared", "none"):  # nothing of the adapter was used
+    for draft in ("shared", "lookup", "none"):  # nothing of the adapter was used
         metrics = complete(client, model="math", draft=draft)["metrics"]
         assert (metrics["draft"], metrics["adapter"], metrics["adapter_version"]) == (draft, None, None)
     assert drafted["draft"] == "private"

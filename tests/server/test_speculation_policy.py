@@ -5,17 +5,18 @@ from pathlib import Path
 
 import pytest
 
+from eda.backends.choice import CPU_COSTS
+from eda.server.engine.draft_mode import DraftMode
 from eda.server.engine.sequence import SequenceLabels, StepStats
 from eda.server.engine.speculation import (
-    CPU_PASSES_COSTS,
-    DraftCosts,
     SpeculationLevel,
     SpeculationPolicy,
     SpeculationTable,
     SpeculationTableError,
     best_chain_length,
 )
-from eda.speculation.kinds import Chain, Off, Tree
+from eda.speculation.costs import DraftCosts
+from eda.speculation.kinds import Chain, Lookup, Off, Speculation, Tree
 
 LABELS = SequenceLabels("math", "private", "math", 1)
 OTHER = SequenceLabels("code", "private", "code", 1)
@@ -145,6 +146,56 @@ def test_an_adapter_that_got_better_is_noticed() -> None:
     assert policy.choose(LABELS, START, sampled=False).length == 4
 
 
+LOOKED_UP = SequenceLabels("math", "lookup")
+
+
+def looking_up(batch_size: int, accepted: int) -> SpeculationPolicy:
+    """A policy that has measured drafts of 8 tokens."""
+    table = SpeculationTable((SpeculationLevel(64, "chain", 0),), DraftCosts(0.05, 0.07, 0.3))
+    policy = SpeculationPolicy(table, warm_up=10, probe_every=5)
+    policy.observe_batch(batch_size)
+    for _ in range(20):
+        policy.observe_step(stats(accepted, drafted=8, mode="lookup", labels=LOOKED_UP))
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accepted", "expected"),
+    [(1, 8, 8), (1, 1, 3), (1, 0, 0), (16, 8, 8), (16, 1, 0)],
+)
+def test_look_ups_are_as_long_as_pays_at_this_load(batch_size: int, accepted: int, expected: int) -> None:
+    """Whatever the draft model's level: making these drafts costs nothing."""
+    policy = looking_up(batch_size, accepted)
+    assert policy.choose(LOOKED_UP, Lookup(), sampled=False) == Lookup(expected)
+
+
+def test_look_ups_that_do_not_pay_are_paused_and_tried_again() -> None:
+    policy = looking_up(1, 0)
+    chosen = [policy.choose(LOOKED_UP, Lookup(0), sampled=False) for _ in range(10)]
+    assert chosen == [Lookup(0)] * 4 + [Lookup()] + [Lookup(0)] * 4 + [Lookup()]
+    other = SequenceLabels("code", "lookup")
+    assert policy.choose(other, Lookup(), sampled=False) == Lookup()
+    assert policy.choose(LOOKED_UP, Lookup(), sampled=True) == Lookup()
+
+
+def test_what_a_sequence_is_admitted_with() -> None:
+    policy = at_batch(1)
+    kinds: dict[DraftMode, Speculation] = {
+        "none": Off(),
+        "lookup": Lookup(),
+        "shared": Tree(5),
+        "private": Tree(5),
+    }
+    assert {mode: policy.largest_for(mode) for mode in kinds} == kinds
+
+
+def test_a_token_of_each_sequence_makes_a_pass_longer_the_more_sequences_there_are() -> None:
+    costs = DraftCosts(0.5, 0.1, 0.5)
+    found = [costs.of_lookup(size).of(3, 3) for size in (1, 11)]
+    assert found == pytest.approx([0.3, 3 * 1.1 / 2.0])
+    assert DraftCosts(0.5, 0.0, 0.5).of_lookup(9).of(3, 3) == 0.0
+
+
 @pytest.mark.parametrize(
     ("acceptance", "cost", "expected"),
     [(0.0, 0.1, 0), (0.05, 0.1, 0), (0.5, 0.1, 2), (1.0, 0.1, 6), (0.9, 2.0, 0)],
@@ -188,8 +239,8 @@ def test_a_file_from_before_the_other_costs_counts_as_it_did(tmp_path: Path) -> 
 
 
 def test_built_in_tables_draft_less_at_a_temperature() -> None:
-    table = SpeculationTable.default("cpu")
-    assert table.costs == CPU_PASSES_COSTS
+    table = SpeculationTable.default(CPU_COSTS)
+    assert table.costs == CPU_COSTS
     for level in table.levels:
         greedy, sampled = level.speculation(), level.speculation(sampled=True)
         assert sampled.length <= greedy.length
@@ -223,5 +274,5 @@ def test_levels_that_make_no_sense_are_refused(levels: tuple[SpeculationLevel, .
 
 @pytest.mark.parametrize("costs", [(-0.1, 0.0, 0.0), (0.0, 11.0, 0.0), (0.0, 0.0, float("nan"))])
 def test_costs_that_make_no_sense_are_refused(costs: tuple[float, float, float]) -> None:
-    with pytest.raises(SpeculationTableError):
+    with pytest.raises(ValueError, match="it must be from 0 to 10"):
         DraftCosts(*costs)

@@ -1,4 +1,4 @@
-"""A server without a draft model: it decodes plainly, says so, and refuses what could never be done."""
+"""A server without a draft model: it looks drafts up, says so, and refuses what could never be done."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,13 +45,38 @@ def refusal(response: httpx.Response, status: int) -> dict[str, Any]:
     return error
 
 
-def test_the_default_draft_decodes_plainly_and_is_counted_as_that(server: Server) -> None:
-    metrics = server.complete("math")["metrics"]
-    assert (metrics["draft"], metrics["mean_acceptance_length"]) == ("none", 1.0)
-    assert server.complete("math", draft="none")["metrics"]["draft"] == "none"
+REPETITIVE = {"prompt": "1 2 1 2 1 2 1 2", "max_tokens": 60, "logit_bias": {"20": 100, "21": 100}}
+"""Of two tokens, what stood before comes again."""
+
+
+def test_the_default_draft_is_a_look_up_and_is_counted_as_that(server: Server) -> None:
+    plain = server.complete("math", draft="none", **REPETITIVE)
+    assert (plain["metrics"]["draft"], plain["metrics"]["mean_acceptance_length"]) == ("none", 1.0)
+    for asked in ({}, {"draft": "lookup"}):
+        answer = server.complete("math", **REPETITIVE, **asked)
+        metrics = answer["metrics"]
+        assert answer["choices"] == plain["choices"]
+        assert (metrics["draft"], metrics["adapter"]) == ("lookup", None)
+        assert metrics["mean_acceptance_length"] > 1.5
+        assert metrics["num_target_passes"] < plain["metrics"]["num_target_passes"]
     exposition = server.client.get("/metrics").text
-    assert 'draft="none",model_name="math"' in exposition
+    for draft in ("none", "lookup"):
+        assert f'draft="{draft}",model_name="math"' in exposition
     assert 'draft="private"' not in exposition
+
+
+def test_the_guard_of_private_modules_sees_no_look_ups(server: Server) -> None:
+    assert server.complete("math", **REPETITIVE)["metrics"]["draft"] == "lookup"
+    guard = server.adapters.registry.guard
+    assert guard.live("math", None) is None
+
+
+def test_a_seeded_text_is_that_of_plain_decoding(server: Server) -> None:
+    texts = {
+        draft: server.complete("math", draft=draft, **REPETITIVE | {"temperature": 1.5, "seed": 3})["choices"]
+        for draft in ("none", "lookup")
+    }
+    assert texts["lookup"] == texts["none"]
 
 
 @pytest.mark.parametrize("draft", ["private", "shared"])
@@ -97,7 +122,7 @@ def test_jobs_of_an_earlier_run_are_spoken_of(family_directory: Path, tmp_path: 
 def test_a_fine_tune_is_served_without_a_job(server: Server) -> None:
     body = {"lora_name": "law", "lora_path": server.lora("law")}
     assert server.client.post("/v1/load_lora_adapter", json=body).status_code == 200
-    assert server.complete("law")["metrics"]["draft"] == "none"
+    assert server.complete("law")["metrics"]["draft"] == "lookup"
 
 
 def test_a_chat_without_a_limit_has_a_bounded_one(server: Server) -> None:

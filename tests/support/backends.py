@@ -40,4 +40,6 @@ def layer_of(decoder: SpeculativeDecoder) -> TorchDraftLayer | CpuDraftLayer:
 
 def use_drafter(decoder: SpeculativeDecoder, drafter: Drafter) -> None:
     """Lets ``drafter`` draft instead, chains and trees."""
-    decoder.backend = replace(decoder.backend, drafters={Chain: drafter, Tree: drafter})
+    decoder.backend = replace(
+        decoder.backend, drafters={**decoder.backend.drafters, Chain: drafter, Tree: drafter}
+    )

@@ -1,4 +1,4 @@
-"""Verification of drawn chains in C++: target softmax, acceptance and the draw of the next token in one call."""
+"""Verification of chains in C++: target softmax, acceptance and the draw of the next token in one call."""
 
 import ctypes
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ COVERS = SamplingDemand.DRAWS | SamplingDemand.TEMPERATURE | SamplingDemand.CUTS
 
 
 class CpuVerifier:
-    """Verifies drawn chains in C++, and hands on all other rows.
+    """Verifies chains of drawn rows in C++, and hands on all other rows.
 
     Args:
         inner: verifies the others, afterwards.
@@ -78,10 +78,10 @@ def sampling_of(params: SamplingParams) -> Sampling:
 
 
 def can_verify(params: SamplingParams, proposal: Proposal | None) -> bool:
-    """Whether ``verify_chains`` covers a row: drawn from unedited logits, with a drawn chain or none."""
+    """Whether ``verify_chains`` covers a row: drawn from unedited logits, with a chain or none."""
     if not params.draws_freely or params.demand not in COVERS:
         return False
-    return proposal is None or not proposal.token_ids or proposal.draft_probs is not None
+    return proposal is None or proposal.is_chain
 
 
 def verify_chains(
@@ -108,7 +108,8 @@ def verify_chains(
     num_drafted = 0
     for place, (params, proposal, line) in enumerate(zip(samplings, proposals, first_lines, strict=True)):
         sampling = sampling_of(params)
-        if proposal is None or proposal.draft_probs is None or not proposal.token_ids:
+        proposal = proposal.as_drawn() if proposal is not None and proposal.token_ids else None
+        if proposal is None or proposal.draft_probs is None:
             rows[place] = VerifiedRow(sampling, 0, 0, 0, 0, 0, line, num_drafted)
             continue
         num_draft, num_columns = proposal.draft_probs.shape

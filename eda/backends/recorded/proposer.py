@@ -23,7 +23,7 @@ from eda.models.fine_tune import FineTune
 from eda.sampling.draws import draw_uniforms
 from eda.sampling.params import SamplingDemand
 from eda.speculation.chains import cut_chains
-from eda.speculation.kinds import Chain, Off, Speculation, Tree
+from eda.speculation.kinds import Chain, Speculation, Tree
 from eda.speculation.proposal import Proposal
 from eda.speculation.sequence import SequenceState
 from eda.speculation.tree import best_nodes
@@ -309,7 +309,7 @@ class RecordedProposer:
         owners, count = DraftOwners.of(fine_tune, None), round_up(num_rows, ROWS)
         keys_of_row = None if count is None else num_keys(keys, count)
         references = owners.references()
-        if isinstance(speculation, Off) or count is None or keys_of_row is None:
+        if not isinstance(speculation, Chain | Tree) or count is None or keys_of_row is None:
             return
         depth = speculation.length if isinstance(speculation, Chain) else speculation.depth
         if depth == 0:

@@ -1,4 +1,4 @@
-"""Verification of drawn chains in C++: by the rule, from the right distributions, and as the verification in torch."""
+"""Verification of chains in C++: by the rule, from the right distributions, and as the verification in torch."""
 
 from dataclasses import replace
 
@@ -52,7 +52,13 @@ def by_the_rule(
     accepted = len(tokens)
     for place, (token, uniform) in enumerate(zip(tokens, uniforms, strict=False)):
         assert proposal is not None
-        assert proposal.draft_probs is not None
+        if proposal.draft_probs is None:  # the only token that was possible
+            draft = torch.zeros(size, dtype=torch.float64)
+            draft[token] = 1.0
+            if uniform >= probs[place, token]:
+                remainder, accepted = (probs[place] - draft).clamp(min=0.0), place
+                break
+            continue
         ids = torch.arange(size) if proposal.draft_token_ids is None else proposal.draft_token_ids
         draft = torch.zeros(size, dtype=torch.float64).index_copy(
             0, ids, proposal.draft_probs[place].double()
@@ -84,8 +90,10 @@ def random_case(seed: int) -> tuple[Tensor, Proposal | None]:
 @pytest.mark.parametrize("params", SETTINGS.values(), ids=SETTINGS.keys())
 def test_decisions_and_tokens_follow_from_the_uniforms(params: SamplingParams) -> None:
     num_accepted, num_rejected = 0, 0
-    for seed in range(210):
-        logits, proposal = random_case(seed)
+    for seed in range(420):
+        logits, proposal = random_case(seed % 210)
+        if proposal is not None and seed >= 210:
+            proposal = Proposal.chain(proposal.token_ids)
         generator = torch.Generator().manual_seed(1000 + seed)
         uniforms = torch.rand(len(logits), dtype=torch.float64, generator=generator)
         [found] = verify_chains(logits, [params], [proposal], [0], uniforms)
@@ -158,8 +166,10 @@ def both_ways(logits: Tensor, rows: list[VerificationRow], seed: int) -> tuple[l
 
 @pytest.mark.parametrize("params", SETTINGS.values(), ids=SETTINGS.keys())
 def test_the_same_generator_leads_torch_to_the_same_verdicts(params: SamplingParams) -> None:
-    for seed in range(70):
-        logits, proposal = random_case(seed)
+    for seed in range(140):
+        logits, proposal = random_case(seed % 70)
+        if proposal is not None and seed >= 70:
+            proposal = Proposal.chain(proposal.token_ids)
         with_logprobs = replace(params, num_logprobs=2 if seed % 3 else None)
         quick, slow = both_ways(logits, [VerificationRow(with_logprobs, proposal, None, 0, 1)], seed)
         assert quick == slow
@@ -200,6 +210,7 @@ DRAFTERS = {
     "none": no_drafter,
     "chain": chain_drafter(DRAFT, 3),
     "close chain": chain_drafter(CLOSE_DRAFT, 3),
+    "deterministic chain": lambda last, generator: [Proposal.chain([token, 1, token]) for token in last],
     "reduced chain": chain_drafter(DRAFT[:, REDUCED_IDS], 3, REDUCED_IDS),
 }
 PROMPT = [2, 0]
