@@ -12,7 +12,7 @@ from eda.adapters.jobs.pipeline import AdaptationResult, StageEvent, run_adaptat
 from eda.adapters.jobs.spec import AdaptationSpec, DataSpec, TargetKind, TrainingOptions
 from eda.adapters.store.names import check_name
 from eda.errors import EdaError
-from eda.server.commands.options import options_of, with_options
+from eda.server.commands.options import Weights, options_of, with_options
 from eda.training.data.prompts import Prompt, read_prompts
 from eda.training.data.scores import DEFAULT_SCORE, SCORES
 from eda.training.files import hash_of_json, write_bytes_atomically
@@ -46,7 +46,7 @@ def adapt(
         bool, typer.Option("--skip-triage", help="Train even where the shared draft serves well already.")
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the target: auto, float32 or bfloat16.")] = "auto",
+    weights: Weights = None,
     num_threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. [all]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
@@ -75,7 +75,7 @@ def adapt(
         )
         workspace = store / WORK_DIRECTORY / spec.job_id
         _write_prompts(workspace / PROMPTS_FILE, rows)
-        models = StageModels.load(spec, target, draft, device=device, dtype=dtype)
+        models = StageModels.load(spec, target, draft, device=device, weights=weights or "auto")
         stages = stages_of(StageJob(spec, models, AdapterStore(store)))
         with progress_bars(quiet) as show, stop_on_interrupt() as should_stop:
             counts: dict[str, tuple[int, int]] = {}

@@ -33,7 +33,7 @@ def run(*arguments: str) -> tuple[int, str, str]:
 
 @pytest.fixture
 def models(family_directory: Path) -> list[str]:
-    return ["--models-dir", str(family_directory), "--dtype", "float32"]
+    return ["--models-dir", str(family_directory), "--weights", "float32"]
 
 
 @pytest.mark.parametrize("draft", ["none", "shared", "lookup"])
@@ -68,7 +68,7 @@ def test_generate_takes_directories(models: list[str], family_directory: Path, o
 def test_generate_stands_alone_without_a_family(
     family_directory: Path, tmp_path: Path, oracle: Oracle
 ) -> None:
-    alone = ["--models-dir", str(tmp_path), "--dtype", "float32"]
+    alone = ["--models-dir", str(tmp_path), "--weights", "float32"]
     path = str(family_directory / "full")
     code, text, report = run("generate", "--model", path, "--prompt", PROMPT, "--max-tokens", "8", *alone)
     assert (code, text.removesuffix("\n")) == (0, oracle.text("full", PROMPT, 8))

@@ -45,7 +45,7 @@ def expected_text(checkpoint: Path, tokenizer: TextTokenizer, prompt: str, max_t
 
 
 def test_generate_takes_a_file(checkpoint: Path, file: Path) -> None:
-    arguments = ["--prompt", "the way", "--chat", "--max-tokens", "12", "--dtype", "float32"]
+    arguments = ["--prompt", "the way", "--chat", "--max-tokens", "12", "--weights", "float32"]
     result = CliRunner().invoke(app, ["generate", "--model", str(file), *arguments])
     assert result.exit_code == 0, result.stderr
     assert result.stdout.removesuffix("\n") == expected_text(checkpoint, load_tokenizer(file), RENDERED, 12)
@@ -58,7 +58,7 @@ def test_generate_names_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_the_server_takes_a_file(checkpoint: Path, file: Path, tmp_path: Path) -> None:
-    settings = Settings(target=file, data_dir=tmp_path, dtype="float32", device="cpu", log_level="error")
+    settings = Settings(target=file, data_dir=tmp_path, weights="float32", device="cpu", log_level="error")
     services = Services(settings, load=load_runtime)
     with serve(services) as url, httpx.Client(base_url=url, timeout=60) as client:
         body = {"model": "base", "messages": MESSAGES, "temperature": 0, "max_tokens": 12}

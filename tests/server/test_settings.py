@@ -21,8 +21,8 @@ def test_flags_win_over_environment_over_file(tmp_path: Path, monkeypatch: pytes
     file = write(tmp_path / "eda.toml", "port = 1\nmax_running = 2\nmax_waiting = 300\n")
     monkeypatch.setenv("EDA_PORT", "10")
     monkeypatch.setenv("EDA_MAX_RUNNING", "20")
-    settings = load_settings(file, {"port": 100, "dtype": None})
-    assert (settings.port, settings.max_running, settings.max_waiting, settings.dtype) == (
+    settings = load_settings(file, {"port": 100, "weights": None})
+    assert (settings.port, settings.max_running, settings.max_waiting, settings.weights) == (
         100,
         20,
         300,
