@@ -71,7 +71,15 @@ def adapt(
         options = _training_options(training)
         rows = _read_rows(prompts, self_prompts)
         spec = _specification(
-            check_name(name), target, fine_tune, draft, rows, self_prompts, options, not skip_triage
+            check_name(name),
+            target,
+            fine_tune,
+            draft,
+            rows,
+            self_prompts,
+            options,
+            not skip_triage,
+            weights or "auto",
         )
         workspace = store / WORK_DIRECTORY / spec.job_id
         _write_prompts(workspace / PROMPTS_FILE, rows)
@@ -126,16 +134,16 @@ def _specification(
     self_prompts: int | None,
     options: TrainingOptions,
     triage: bool,
+    weights: str,
 ) -> AdaptationSpec:
     """The job. Its id follows from everything that decides the result, so the same command finds its files again."""
-    from eda.formats.checkpoint_files import ADAPTER_CONFIG_FILE, resolve_directory
-    from eda.formats.fingerprint import fingerprint_directory
-    from eda.formats.model_files import open_model
+    from eda.formats.checkpoint_files import ADAPTER_CONFIG_FILE, is_gguf, resolve_directory
+    from eda.formats.model_files import fingerprint_files, open_model
     from eda.models.draft import DraftModel
 
-    path = resolve_directory(fine_tune)
+    path = Path(fine_tune) if is_gguf(fine_tune) else resolve_directory(fine_tune)
     base = open_model(target).fingerprint
-    own = fingerprint_directory(path)
+    own = fingerprint_files(path)
     kind: TargetKind = "full"
     if (path / ADAPTER_CONFIG_FILE).exists():
         kind, own = "lora", f"{base}+{own}"
@@ -157,7 +165,7 @@ def _specification(
         training=options,
         triage=triage,
     )
-    identity = hash_of_json([spec.to_json(), DraftModel.load(draft).fingerprint()])
+    identity = hash_of_json([spec.to_json(), DraftModel.load(draft).fingerprint(), weights])
     return replace(spec, job_id=f"adapt-{identity[:16]}")
 
 
