@@ -30,6 +30,17 @@ def test_flags_win_over_environment_over_file(tmp_path: Path, monkeypatch: pytes
     )
 
 
+def test_weights_come_from_the_file_or_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "eda.toml", 'weights = "int4"\n')
+    assert load_settings(file).weights == "int4"
+    monkeypatch.setenv("EDA_WEIGHTS", "int8")
+    assert load_settings(file).weights == "int8"
+    with pytest.raises(ConfigurationError, match="weights: .*'auto', 'float32', 'bfloat16', 'int8' or 'int4'"):
+        load_settings(file, {"weights": "fp8"})
+
+
 def test_paths_in_a_file_are_relative_to_it(tmp_path: Path) -> None:
     text = 'target = "base"\ndata_dir = "data"\n[fine_tunes]\nlaw = "tunes/law"\n'
     settings = load_settings(write(tmp_path / "eda.toml", text))
