@@ -20,9 +20,9 @@ from eda.formats.lora_config import LoraConfig
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 _PREFIX = "base_model.model."
-# What a GGUF file and the checkpoint that it was converted from must have in common.
+# What a GGUF file and the checkpoint that it was converted from have in common. It calls a Mistral a Llama.
 _SIZES_OF_BASE = (
-    *("architecture", "hidden_size", "intermediate_size", "num_layers"),
+    *("hidden_size", "intermediate_size", "num_layers"),
     *("num_heads", "num_kv_heads", "head_dim", "vocab_size"),
 )
 _logger = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ def _check_base_of_gguf(
         return
     made_for = None
     with suppress(CheckpointError, UnsupportedModelError, OSError):  # it says nothing about the adapter then
-        made_for = None if named is None else ModelConfig.from_directory(Path(named))
+        made_for = None if not named else ModelConfig.from_directory(Path(named))
     differing = [
         f"{field} {getattr(made_for, field)} (this base: {getattr(config, field)})"
         for field in _SIZES_OF_BASE

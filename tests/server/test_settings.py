@@ -37,7 +37,9 @@ def test_weights_come_from_the_file_or_the_environment(
     assert load_settings(file).weights == "int4"
     monkeypatch.setenv("EDA_WEIGHTS", "int8")
     assert load_settings(file).weights == "int8"
-    with pytest.raises(ConfigurationError, match="weights: .*'auto', 'float32', 'bfloat16', 'int8' or 'int4'"):
+    with pytest.raises(
+        ConfigurationError, match=r"weights: .*'auto', 'float32', 'bfloat16', 'int8' or 'int4'"
+    ):
         load_settings(file, {"weights": "fp8"})
 
 

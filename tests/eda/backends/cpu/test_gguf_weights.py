@@ -210,6 +210,13 @@ def test_adapters_of_the_safetensors_model_are_taken_with_a_warning(
     assert (base or "a base that it does not name") in caplog.text
 
 
+def test_an_adapter_of_a_mistral_is_taken_though_the_file_calls_it_a_llama(tmp_path: Path) -> None:
+    mistral = tiny_target(tmp_path / "hf", "mistral", **SIZES)
+    file = write_gguf(mistral, tmp_path / "model.gguf", TYPES.Q8_0)
+    adapter = narrow_lora(tmp_path / "lora", mistral)
+    assert load_fine_tune(adapter, load_target(file), "lora").lora is not None
+
+
 def test_an_adapter_of_a_base_with_other_sizes_is_refused(file: Path, tmp_path: Path) -> None:
     """Its tensors would fit: it adapts the first layers alone."""
     deeper = tiny_target(tmp_path / "deeper", **SIZES | {"num_hidden_layers": 3})
