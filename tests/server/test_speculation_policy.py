@@ -269,7 +269,9 @@ def test_built_in_chains_are_shorter_where_verified_tokens_are_dear(
         assert first.length < second.length
 
 
-@pytest.mark.parametrize("instructions", ["scalar", "avx2", "avx2+vnni", "avx512", "avx512-bf16+vnni", "neon"])
+@pytest.mark.parametrize(
+    "instructions", ["scalar", "avx2", "avx2+vnni", "avx512", "avx512-bf16+vnni", "neon"]
+)
 @pytest.mark.parametrize("weights", WEIGHT_FORMATS)
 def test_built_in_chains_pay_when_all_tokens_are_accepted(instructions: str, weights: str) -> None:
     table = SpeculationTable.default(cpu_costs(instructions, weights))
