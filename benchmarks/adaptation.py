@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -26,6 +26,7 @@ from benchmarks.adaptation_summary import load_results, markdown_table, plot, su
 from eda.backends.loading import load_fine_tune, load_target
 from eda.decoder import SpeculativeDecoder
 from eda.errors import EdaError
+from eda.formats.weight_settings import WeightSetting
 from eda.models.draft import DraftModel, check_draft_fits
 from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
@@ -190,7 +191,7 @@ def write_summary(out: Path, files: Sequence[Path]) -> None:
 
 
 def _load_domains(options: argparse.Namespace) -> dict[str, DomainData]:
-    target = load_target(options.target)
+    target = load_target(options.target, weights=options.weights)
     draft = DraftModel.load(options.draft)
     check_draft_fits(draft, target)
     base = FineTune("base", target)
@@ -240,6 +241,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--eval-prompts", "its held-out prompts, for real decoding"),
     ):
         add(name, type=_pair, action="append", required=True, metavar="NAME=PATH", help=what)
+    add("--weights", choices=get_args(WeightSetting), default="auto", help="what the target's weights run as")
     add("--out", type=Path, required=True, help="results; a second call goes on from them")
     add("--grids", nargs="+", choices=GRIDS, default=["main"], help="what to compare")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))

@@ -17,7 +17,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import AutoTokenizer
@@ -41,6 +41,7 @@ from eda.adapters.serving.model_loader import ModelLoader
 from eda.adapters.store.store import AdapterStore
 from eda.backends.loading import load_fine_tune
 from eda.decoder import SpeculativeDecoder
+from eda.formats.weight_settings import WeightSetting
 from eda.models.private import PrivateModule
 from eda.server.engine.speculation import SpeculationTable
 from eda.server.model_paths import ModelPaths, model_paths
@@ -73,9 +74,11 @@ def build_peers(peers: Sequence[Peer], model: PeerModel) -> tuple[list[Contestan
     return contestants, missing
 
 
-def load_family(paths: ModelPaths, domains: Sequence[str], dtype: str, device: str = "cpu") -> Family:
+def load_family(
+    paths: ModelPaths, domains: Sequence[str], weights: WeightSetting, device: str = "cpu"
+) -> Family:
     """The target, its draft, and each domain's fine-tune and newest private module."""
-    target, draft = load_pair(paths, choose_device(device), dtype)
+    target, draft = load_pair(paths, choose_device(device), weights)
     fine_tunes = {domain: load_fine_tune(paths.fine_tunes[domain], target, domain) for domain in domains}
     privates: dict[str, PrivateModule] = {}
     if draft is not None and paths.bundled_adapters is not None:
@@ -137,7 +140,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--tokens", type=int, default=256, help="tokens generated for each prompt [256]")
     add("--concurrency", default="1,4,16", help="sequences at a time, of this engine [1,4,16]")
     add("--threads", type=int, default=0, help="CPU threads of every contestant [torch's choice]")
-    add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
+    add("--weights", default="auto", choices=get_args(WeightSetting))
     add("--calibration", type=Path, help="what to draft at which load, by `eda bench calibrate`")
     add("--only", default="", help="peers whose name contains one of these, separated by commas [all]")
     add("--openvino-exporter", help="Python of an environment with optimum-intel [this one]")
@@ -215,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"missing from this comparison: the domain {domain} (no such fine-tune in the family)")
     if not domains:
         return 2
-    family = load_family(paths, domains, options.dtype)
+    family = load_family(paths, domains, options.weights)
     tokenizer = AutoTokenizer.from_pretrained(paths.target)
     prompts = [read_prompts(options.prompts, domain, options.num_prompts, tokenizer) for domain in domains]
     prompts = [group[: min(map(len, prompts))] for group in prompts]
@@ -227,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.calibration:
         table = SpeculationTable.load(options.calibration)
     settings = {
-        "dtype": str(family.target.dtype).removeprefix("torch."),
+        "weights": ", ".join(family.target.weight_formats),
         "backend": decoder.backend.name,
         "threads": torch.get_num_threads(),
         "num_prompts": len(prompts[0]),
@@ -265,7 +268,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     if options.plot is not None:
-        title = f"{settings['dtype']}, {settings['threads']} threads, {options.tokens} tokens for each prompt"
+        title = (
+            f"{settings['weights']}, {settings['threads']} threads, {options.tokens} tokens for each prompt"
+        )
         try:
             report.write_plot(rows, options.plot, title)
         except ImportError:

@@ -196,7 +196,7 @@ def measure_family(options: argparse.Namespace, device: torch.device) -> list[Ro
     """The trained family on ``device``. Raises ``ConfigurationError`` where there is none."""
     paths = model_paths(load_settings(None, {"models_dir": options.models}))
     domains = [domain for domain in DOMAINS if domain in paths.fine_tunes]
-    family = load_family(paths, domains, options.dtype, device.type)
+    family = load_family(paths, domains, options.weights, device.type)
     tokenizer = AutoTokenizer.from_pretrained(paths.target)
     rows: list[Row] = []
     for domain in domains:
@@ -247,7 +247,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="cuda", help="cuda, cuda:<number>, or cpu to try the script out [cuda]")
     add("--shape", default="8b", choices=[name for name in SHAPES if name != "tiny"])
     add("--tiny", action="store_true", help="a target of a few hundred kilobytes, to try the script out")
-    add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="[bfloat16 on CUDA]")
+    add("--weights", default="auto", choices=("auto", "bfloat16", "float32"), help="[bfloat16 on CUDA]")
     add("--context", type=int, default=512, help="cached tokens of each sequence in a timed pass [512]")
     add("--rounds", type=int, default=64, help="rounds of the engine that are timed [64]")
     add("--repeats", type=int, default=20, help="measurements of each pass; the median counts [20]")
@@ -281,10 +281,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if on_gpu
         else "no GPU: a trial run, none of these figures means anything"
     )
-    if options.dtype == "auto":
+    if options.weights == "auto":
         dtype = torch.bfloat16 if on_gpu else torch.float32
     else:
-        dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[options.dtype]
+        dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[options.weights]
     shape = "tiny" if options.tiny else options.shape
 
     bandwidth = copy_bandwidth(device, 2**30 if on_gpu else 2**22, options.repeats)

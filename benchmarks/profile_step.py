@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import AutoTokenizer
 
 from benchmarks.compare import load_family
 from eda.decoder import ScheduledRow, SpeculativeDecoder
+from eda.formats.weight_settings import WeightSetting
 from eda.sampling.params import SamplingParams
 from eda.server.model_paths import model_paths
 from eda.server.settings import load_settings
@@ -113,14 +114,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150, help="steps that are measured")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy [0]")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus of sampled tokens [1: off]")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--weights", choices=get_args(WeightSetting), default="auto")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's choice)")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     bandwidth = read_bandwidth()
     paths = model_paths(load_settings(None, {"models_dir": arguments.models}))
-    family = load_family(paths, [arguments.model], arguments.dtype)
+    family = load_family(paths, [arguments.model], arguments.weights)
     target, draft, fine_tune = family.target, family.draft, family.fine_tunes[arguments.model]
     private = family.privates.get(arguments.model)
     if draft is None:

@@ -9,6 +9,7 @@ from eda.adapters.serving.model_loader import ModelLoader
 from eda.adapters.serving.traffic import TrafficRecord
 from eda.adapters.serving.watcher import RegistryWatcher
 from eda.adapters.templates.renderer import TemplateRenderer
+from eda.backends.loading import instructions_of
 from eda.decoder import SpeculativeDecoder
 from eda.formats.chat_template import ChatTemplateError
 from eda.formats.tokenizer import TextTokenizer
@@ -39,7 +40,7 @@ def load_runtime(services: Services) -> Runtime:
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
     paths = model_paths(settings)
-    target, draft = load_pair(paths, choose_device(settings.device), settings.dtype)
+    target, draft = load_pair(paths, choose_device(settings.device), settings.weights)
     cache = choose_cache_size(settings, target, draft, free_bytes=free_memory(target.device))
     own_limit = target.config.max_position_embeddings
     if settings.max_model_len is None and cache.max_model_len < own_limit:
@@ -49,6 +50,7 @@ def load_runtime(services: Services) -> Runtime:
             of_the_model=own_limit,
             cache_mib=cache.num_bytes // MIB,
         )
+    instructions = instructions_of(target)
     decoder = SpeculativeDecoder.for_models(
         target, draft, num_slots=cache.num_slots, graphs=settings.cuda_graphs
     )
@@ -100,7 +102,8 @@ def load_runtime(services: Services) -> Runtime:
         draft=str(paths.draft) if paths.draft else None,
         device=str(target.device),
         backend=decoder.backend.name,
-        dtype=str(target.dtype).removeprefix("torch."),
+        weights=", ".join(target.weight_formats),
+        instructions=instructions,
         cache_slots=cache.num_slots,
         cache_mib=cache.num_bytes // MIB,
         max_model_len=cache.max_model_len,
@@ -127,6 +130,8 @@ def load_runtime(services: Services) -> Runtime:
         tokenizer,
         adapters=adapters,
         templates=templates,
+        weights=target.weight_formats,
+        instructions=instructions,
         can_draft=draft is not None,
         chat_max_tokens=min(settings.chat_max_tokens, max(1, cache.num_slots // 4)),
         on_start=start,

@@ -3,6 +3,7 @@
 import torch
 
 from eda.backends.loading import load_target
+from eda.formats.weight_settings import WeightSetting
 from eda.models.draft import DraftModel
 from eda.models.target import TargetModel
 from eda.server.model_paths import ModelPaths
@@ -26,10 +27,11 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def load_pair(paths: ModelPaths, device: torch.device, dtype: str) -> tuple[TargetModel, DraftModel | None]:
-    """Target and draft in the same type. Raises ``eda.errors.CheckpointError`` and its kinds."""
-    wanted = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    target = load_target(paths.target, dtype=wanted, device=device)
+def load_pair(
+    paths: ModelPaths, device: torch.device, weights: WeightSetting
+) -> tuple[TargetModel, DraftModel | None]:
+    """Target and draft, which compute in the same type. Raises ``eda.errors.CheckpointError`` and its kinds."""
+    target = load_target(paths.target, weights=weights, device=device)
     draft = None
     if paths.draft is not None:
         draft = DraftModel.load(paths.draft, dtype=target.dtype, device=device)

@@ -30,6 +30,8 @@ class ServedModel(Protocol):
     def adapter_version(self) -> int | None: ...
     @property
     def max_model_len(self) -> int: ...
+    @property
+    def weights(self) -> tuple[str, ...] | None: ...
 
 
 class Lease(Protocol):
@@ -67,6 +69,7 @@ class Runtime:
 
     ``tokenizer`` is the base's. ``adapters`` is what the administrative routes work with; ``None`` in a server that has
     none. ``can_draft`` is false in a server without a draft model. ``chat_max_tokens`` bounds chats that give no limit.
+    ``weights`` are the formats that the base's weights run in, ``instructions`` the C++ passes' instruction set.
     ``on_start`` is called once the engine runs, ``on_close`` after it has stopped.
     """
 
@@ -74,6 +77,8 @@ class Runtime:
     registry: ModelRegistry
     tokenizer: TextTokenizer
     adapters: AdapterService | None = None
+    weights: tuple[str, ...] = ()
+    instructions: str | None = None
     can_draft: bool = True
     chat_max_tokens: int = 2048
     templates: TemplateRenderer = field(default_factory=TemplateRenderer)

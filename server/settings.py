@@ -23,6 +23,7 @@ from pydantic_settings import (
 from eda.adapters.errors import InvalidInputError
 from eda.adapters.store.names import check_name
 from eda.adapters.worker.process import Scheduling
+from eda.formats.weight_settings import WeightSetting
 
 BUNDLED_MODELS = Path(__file__).resolve().parent.parent / "models"
 
@@ -51,8 +52,8 @@ class Settings(BaseSettings):
     )
     model_name: str = Field("base", min_length=1, description="name that the base model is served under")
     data_dir: Path = Field(Path("var"), description="where adapters and jobs are kept")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="bfloat16 where it is fast, else float32"
+    weights: WeightSetting = Field(
+        "auto", description="auto keeps the checkpoint's precision; int8 and int4 round, on CPUs"
     )
     device: str = Field("auto", description="where models run: auto, cpu, cuda or cuda:1")
     num_threads: int | None = Field(None, ge=1, description="CPU threads of the model [all]")

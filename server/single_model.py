@@ -56,7 +56,7 @@ def load_model(settings: Settings, name: str, draft: DraftMode | None) -> Loaded
         if not (directory / "config.json").is_file():
             raise
         paths = ModelPaths(directory, None, {}, None)  # no family, but a model that stands alone
-    target, shared = load_pair(paths, device, settings.dtype)
+    target, shared = load_pair(paths, device, settings.weights)
     path = paths.fine_tunes.get(name)
     tokenizer_directory = paths.target
     if name == settings.model_name or directory == paths.target:
@@ -67,7 +67,7 @@ def load_model(settings: Settings, name: str, draft: DraftMode | None) -> Loaded
         except MismatchError:
             if not (directory / "config.json").is_file():
                 raise
-            target, shared = load_pair(ModelPaths(directory, None, {}, None), device, settings.dtype)
+            target, shared = load_pair(ModelPaths(directory, None, {}, None), device, settings.weights)
             fine_tune, tokenizer_directory = FineTune(name, target), directory
     else:
         known = ", ".join([settings.model_name, *paths.fine_tunes])

@@ -22,7 +22,7 @@ def worker_settings(
         scheduling=settings.worker_scheduling,
         memory_limit_mib=settings.worker_memory_mib,
         device=settings.device,
-        dtype=settings.dtype,
+        weights=settings.weights,
         supervised=supervised,
     )
 

@@ -12,13 +12,17 @@ from eda.models.private import PrivateModule
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What a client may know of a model. ``created`` is in seconds since the epoch, lengths are in tokens."""
+    """What a client may know of a model. ``created`` is in seconds since the epoch, lengths are in tokens.
+
+    ``weights`` are the formats that its weights run in; ``None`` while it is not in memory.
+    """
 
     name: str
     parent: str | None
     created: int
     adapter_version: int | None
     max_model_len: int
+    weights: tuple[str, ...] | None
     description: str = ""
 
 

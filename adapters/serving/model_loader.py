@@ -13,7 +13,7 @@ from eda.errors import CheckpointError, EdaError
 from eda.files import PRIVATE_WEIGHTS_FILE
 from eda.formats.chat_template import ChatTemplateError
 from eda.formats.checkpoint_files import ADAPTER_CONFIG_FILE
-from eda.formats.fingerprint import fingerprint_directory
+from eda.formats.model_files import fingerprint_files
 from eda.models.draft import DraftModel, check_draft_fits, check_private_fits
 from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateConfig, PrivateModule
@@ -77,7 +77,7 @@ class ModelLoader:
         """The fingerprint of the fine-tune in ``path`` as it is on disk now. Raises ``CheckpointError``."""
         if self.base.model.path is None and path == Path():  # a base that was made in memory
             return self.base.fingerprint
-        own = fingerprint_directory(path)
+        own = fingerprint_files(path)
         is_lora = (path / ADAPTER_CONFIG_FILE).exists()
         return f"{self.base.fingerprint}+{own}" if is_lora else own
 

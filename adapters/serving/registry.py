@@ -68,7 +68,7 @@ class AdapterRegistry:
         """Raises ``UnknownModelError``."""
         with self._lock:
             served = self._find(name)
-            entry, active = served.entry, served.active
+            entry, active, fine_tune = served.entry, served.active, served.fine_tune
         base = self.loader.base.name
         return ServedModel(
             name=name,
@@ -76,6 +76,7 @@ class AdapterRegistry:
             created=int(entry.created_at),
             adapter_version=active.version if active else None,
             max_model_len=self._max_model_len,
+            weights=None if fine_tune is None else fine_tune.model.weight_formats,
             description=entry.description,
         )
 

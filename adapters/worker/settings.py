@@ -14,6 +14,7 @@ from eda.adapters.database import Database, sqlite_url
 from eda.adapters.errors import InvalidInputError
 from eda.adapters.jobs.claims import DEFAULT_LEASE_SECONDS
 from eda.adapters.worker.process import Scheduling
+from eda.formats.weight_settings import WeightSetting
 
 SETTINGS_VARIABLE = "EDA_WORKER_SETTINGS"
 DATABASE_FILE = "eda.sqlite3"
@@ -33,7 +34,7 @@ class WorkerSettings:
         scheduling: "batch" and "normal" take the share that ``niceness`` leaves them, "batch" without ever displacing
             what runs; "idle" takes only time that nothing else wants, so on a busy machine a job stands still.
         memory_limit_mib: resident memory at which an attempt is given up; ``None`` for no limit.
-        device, dtype: as for the server.
+        device, weights: as for the server.
         supervised: end when standard input is closed, which the system does when the parent dies, and after each job,
             so that its memory goes back to the system; the parent starts the next worker.
     """
@@ -48,7 +49,7 @@ class WorkerSettings:
     scheduling: Scheduling = "batch"
     memory_limit_mib: int | None = None
     device: str = "auto"
-    dtype: str = "auto"
+    weights: WeightSetting = "auto"
     lease_seconds: float = DEFAULT_LEASE_SECONDS
     poll_seconds: float = 1.0
     supervised: bool = False

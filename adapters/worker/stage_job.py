@@ -18,6 +18,7 @@ from eda.adapters.worker.recorded_prompts import recorded_prompts, usable_record
 from eda.backends.loading import load_fine_tune, load_target
 from eda.decoder import SpeculativeDecoder
 from eda.errors import DataError, MismatchError
+from eda.formats.weight_settings import WeightSetting
 from eda.models.draft import DraftModel
 from eda.models.fine_tune import FineTune
 from eda.models.target import TargetModel
@@ -68,12 +69,19 @@ class StageModels:
 
     @classmethod
     def load(
-        cls, spec: AdaptationSpec, target: Path, draft: Path, *, device: str = "auto", dtype: str = "auto"
+        cls,
+        spec: AdaptationSpec,
+        target: Path,
+        draft: Path,
+        *,
+        device: str = "auto",
+        weights: WeightSetting = "auto",
     ) -> Self:
-        """Raises ``CheckpointError``, or ``MismatchError`` when the fine-tune is not the one that was posted."""
+        """With the server's ``weights``, since features and answers must be those that it serves.
+
+        Raises ``CheckpointError``, or ``MismatchError`` when the fine-tune is not the one that was posted."""
         place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        wanted = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-        base = load_target(target, dtype=wanted, device=place)
+        base = load_target(target, weights=weights, device=place)
         path = Path(spec.fine_tune_path)
         is_base = spec.kind == "target"
         fine_tune = FineTune(spec.adapter, base) if is_base else load_fine_tune(path, base, spec.adapter)

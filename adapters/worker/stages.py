@@ -333,7 +333,7 @@ def stages_for_claim(settings: WorkerSettings, claim: Claim) -> tuple[Stage, ...
         Path(settings.target),
         Path(settings.draft),
         device=settings.device,
-        dtype=settings.dtype,
+        weights=settings.weights,
     )
     store = AdapterStore(settings.store_directory, [Path(path) for path in settings.bundled_adapters])
     return stages_of(StageJob(claim.spec, models, store, permit=claim.require_permission_to_publish))

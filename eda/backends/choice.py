@@ -8,8 +8,10 @@ import torch
 
 from eda.backends.base import Backend, Drafter, TargetRunner, Verifier
 from eda.backends.cpu.body import CpuBody
+from eda.backends.cpu.costs import cpu_costs
 from eda.backends.cpu.draft import supports
 from eda.backends.cpu.drafter import CpuDrafter, CpuDraftLayer, CpuProposer
+from eda.backends.cpu.library import instruction_set
 from eda.backends.cpu.threads import kernel_threads_only
 from eda.backends.cpu.verifier import CpuVerifier
 from eda.backends.drafting import Proposer
@@ -26,14 +28,10 @@ from eda.backends.recorded.target import RecordedTarget
 from eda.models.draft import DraftModel
 from eda.models.fine_tune import FineTune
 from eda.models.target import TargetModel
-from eda.speculation.costs import DraftCosts
 from eda.speculation.kinds import Chain, Lookup, Speculation, Tree
 
 GraphChoice = Literal["auto", "off"] | Recorder | GraphCache
 """How small passes are recorded and replayed: "auto" (CUDA graphs on a GPU), "off", or by this recorder."""
-
-CPU_COSTS = DraftCosts(draft_cost=0.05, verification_cost=0.07, extension_cost=0.22)
-"""Of the bundled family on the C++ passes, where reading weights takes most of a plain step."""
 
 
 def choose_backend(
@@ -64,7 +62,7 @@ def choose_backend(
             EagerTarget(cache),
             verifier,
             _by_kind(trained),
-            CPU_COSTS,
+            cpu_costs(instruction_set() or "", target.weight_formats[0]),
             around_step=kernel_threads_only,
         )
     recordings = _recordings(graphs, target)

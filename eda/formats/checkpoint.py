@@ -25,6 +25,7 @@ from eda.formats.quantised import QuantisedWeight
 MAX_WEIGHT = 65_504.0
 """Largest magnitude of a weight: float16's. Products of larger ones soon leave the range of bfloat16 and float32."""
 _MAX_TOKENIZER_BYTES = 128 * MIB
+_ROWS_AT_ONCE = 4096
 
 
 class WeightSource(Protocol):
@@ -44,6 +45,10 @@ class WeightSource(Protocol):
 
     def quantised(self, name: str) -> QuantisedWeight | None:
         """The matrix ``name`` as it is stored in 8 or 4 bits; ``None`` where it is stored as floats."""
+        ...
+
+    def is_quantised(self, name: str) -> bool:
+        """Whether ``quantised`` has something, without reading it."""
         ...
 
 
@@ -91,6 +96,10 @@ class Checkpoint:
     def quantised(self, name: str) -> QuantisedWeight | None:
         """``None``: these files hold floats."""
         return None
+
+    def is_quantised(self, name: str) -> bool:
+        """Never: these files hold floats."""
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,20 +158,35 @@ def require_tensors(
         raise CheckpointError(f"{checkpoint.path} has misshapen tensors: {listed(misshapen)}")
 
 
-def copy_weights(
-    checkpoint: WeightSource, destinations: Mapping[str, Tensor], ignored: re.Pattern[str]
-) -> None:
-    """Copies every tensor of ``checkpoint`` to its destination, converting the type.
+def copy_weights(checkpoint: WeightSource, destinations: Mapping[str, Tensor]) -> None:
+    """Copies tensors of ``checkpoint`` to their destinations, converting the type.
 
-    Arguments as in ``require_tensors``. Raises ``CheckpointError`` as it does, and for values that are not finite or
-    beyond ``MAX_WEIGHT``.
+    ``require_tensors`` says whether they fit. Raises ``CheckpointError`` for values that are not finite or beyond
+    ``MAX_WEIGHT``.
     """
-    require_tensors(checkpoint, destinations, ignored)
     with torch.no_grad():
         for name, view in destinations.items():
+            weight = checkpoint.quantised(name)
+            if weight is not None:
+                require_sound(weight, name, checkpoint.path)
+                # The float32 values of a whole embedding may not fit the memory.
+                for first in range(0, view.shape[0], _ROWS_AT_ONCE):
+                    part = slice(first, first + _ROWS_AT_ONCE)
+                    view[part].copy_(weight.rows(part).dequantised())
+                continue
             tensor = checkpoint.tensor(name)
             require_finite(tensor, name, checkpoint.path)
             view.copy_(tensor)
+
+
+def require_sound(weight: QuantisedWeight, name: str, path: Path) -> None:
+    """``require_finite`` of the values of a quantised weight."""
+    largest = weight.scales.float().abs() * 128
+    if weight.minimums is not None:
+        largest = largest + weight.minimums.float().abs()
+    if not largest.numel() or float(largest.max()) <= MAX_WEIGHT:  # false for NaN
+        return
+    require_finite(weight.dequantised(), name, path)
 
 
 def require_finite(tensor: Tensor, name: str, path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from eda.formats.checkpoint import Checkpoint, WeightSource
 from eda.formats.checkpoint_files import is_gguf, resolve_directory
 from eda.formats.config import ModelConfig
-from eda.formats.fingerprint import fingerprint_model
+from eda.formats.fingerprint import fingerprint_directory, fingerprint_model
 from eda.formats.gguf_file.checkpoint import GgufCheckpoint
 from eda.formats.preflight import check_target
 
@@ -39,3 +39,8 @@ def open_model(path_or_hub_id: str | Path) -> ModelFiles:
     config = ModelConfig.from_directory(path)
     check_target(path)  # before anything is built from these sizes
     return ModelFiles(path, config, Checkpoint.of_model(path))
+
+
+def fingerprint_files(path: Path) -> str:
+    """Of a GGUF file, a checkpoint or a PEFT adapter. Raises what ``open_model`` raises."""
+    return open_model(path).fingerprint if is_gguf(path) else fingerprint_directory(path)

@@ -7,6 +7,7 @@ in those formats, so a file's own weights are kept exactly.
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,10 +34,26 @@ class QuantisedWeight:
         """Outputs and inputs."""
         return self.steps.shape[0], self.steps.shape[1]
 
-    def rows(self, index: Tensor) -> "QuantisedWeight":
+    def rows(self, index: Tensor | slice) -> "QuantisedWeight":
         """The outputs at ``index``, in that order."""
         minimums = None if self.minimums is None else self.minimums[index]
         return QuantisedWeight(self.format, self.steps[index], self.scales[index], minimums)
+
+    def in_format(self, format: Format) -> tuple["QuantisedWeight", bool]:
+        """These values in ``format``, and whether they are still the same ones.
+
+        They are where the format stays, and where 4 bits that are symmetric about their eighth step become 8 bits.
+        """
+        if format == self.format:
+            return self, True
+        if format == "int8" and self.is_symmetric:
+            return QuantisedWeight("int8", self.steps.view(torch.int8) - 8, self.scales, None), True
+        return quantised(self.dequantised(), format), False
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether the minimums say no more than the scales, as in GGUF's Q4_0."""
+        return self.minimums is None or torch.equal(self.minimums, self.scales * -8)
 
     def dequantised(self) -> Tensor:
         """The values, float32 ``[n, k]``."""
@@ -52,10 +69,15 @@ def concatenated(weights: list[QuantisedWeight]) -> QuantisedWeight:
     minimums = [weight.minimums for weight in weights if weight.minimums is not None]
     return QuantisedWeight(
         weights[0].format,
-        torch.cat([weight.steps for weight in weights]),
-        torch.cat([weight.scales for weight in weights]),
-        torch.cat(minimums) if minimums else None,
+        _joined([weight.steps for weight in weights]),
+        _joined([weight.scales for weight in weights]),
+        _joined(minimums) if minimums else None,
     )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    # Not torch.cat: see eda/formats/gguf_file/checkpoint.py on threads.
+    return torch.from_numpy(np.concatenate([part.numpy() for part in parts]))
 
 
 def quantised(weight: Tensor, format: Format) -> QuantisedWeight:

@@ -1,7 +1,9 @@
 """LoRA fine-tunes of a target, kept unmerged so that the tokens of one pass can use different ones."""
 
+import logging
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from eda.errors import CheckpointError, MismatchError, UnsupportedModelError
 from eda.formats.checkpoint import Checkpoint, Projection, layer_projections, require_finite
-from eda.formats.checkpoint_files import listed
+from eda.formats.checkpoint_files import is_gguf, listed
 from eda.formats.config import ModelConfig
 from eda.formats.fingerprint import fingerprint_directory
 from eda.formats.lora_config import LoraConfig
@@ -18,6 +20,12 @@ from eda.formats.lora_config import LoraConfig
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 _PREFIX = "base_model.model."
+# What a GGUF file and the checkpoint that it was converted from have in common. It calls a Mistral a Llama.
+_SIZES_OF_BASE = (
+    *("hidden_size", "intermediate_size", "num_layers"),
+    *("num_heads", "num_kv_heads", "head_dim", "vocab_size"),
+)
+_logger = logging.getLogger(__name__)
 # "...lora_A.default.weight", "...lora_embedding_A.default", "...modules_to_save.default.weight".
 _IN_MEMORY = re.compile(r"\.(?:lora_(?:embedding_)?[AB]|modules_to_save)\.((?!weight$)[^.]+)(?:\.weight)?$")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -81,6 +89,7 @@ class LoraAdapter:
         config: ModelConfig,
         *,
         base_fingerprint: str = "",
+        base_path: Path | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> "LoraAdapter":
@@ -90,6 +99,9 @@ class LoraAdapter:
             config: of the base that it is to run on.
             base_fingerprint: of that base; checked against the base that the adapter records, if it records one:
                 as ``base_fingerprint`` in the metadata of its safetensors file, or as a base directory that exists.
+            base_path: where that base lies. Adapters are made on safetensors, whose fingerprints say nothing about a
+                GGUF file: for one, the recorded base must have the same sizes, and a warning says that its weights
+                could not be compared.
 
         Raises:
             CheckpointError: unreadable, pickle weights, or tensors that do not fit the adapter's own config.
@@ -99,7 +111,10 @@ class LoraAdapter:
         path = Path(path)
         settings = LoraConfig.from_directory(path)
         checkpoint = Checkpoint.of_adapter(path)
-        _check_base(settings.base_path, checkpoint, base_fingerprint)
+        if base_path is not None and is_gguf(base_path):
+            _check_base_of_gguf(settings.base_path, checkpoint, base_fingerprint, base_path, config)
+        else:
+            _check_base(settings.base_path, checkpoint, base_fingerprint)
         reader = _Reader(checkpoint, settings, config, dtype, torch.device(device))
         return reader.read(fingerprint_directory(path))
 
@@ -144,6 +159,32 @@ def _check_base(named: str | None, checkpoint: Checkpoint, base_fingerprint: str
             f"{checkpoint.path} was made for the base {recorded[:16]} (from {source}); this base is "
             f"{base_fingerprint[:16]}"
         )
+
+
+def _check_base_of_gguf(
+    named: str | None, checkpoint: Checkpoint, base_fingerprint: str, base_path: Path, config: ModelConfig
+) -> None:
+    recorded = checkpoint.metadata.get("base_fingerprint")
+    if recorded is not None and recorded == base_fingerprint:
+        return
+    made_for = None
+    with suppress(CheckpointError, UnsupportedModelError, OSError):  # it says nothing about the adapter then
+        made_for = None if not named else ModelConfig.from_directory(Path(named))
+    differing = [
+        f"{field} {getattr(made_for, field)} (this base: {getattr(config, field)})"
+        for field in _SIZES_OF_BASE
+        if made_for is not None and getattr(made_for, field) != getattr(config, field)
+    ]
+    if differing:
+        raise MismatchError(
+            f"{checkpoint.path} was made for the base {named}, which is no {base_path}: {', '.join(differing)}"
+        )
+    _logger.warning(
+        "%s was made for %s; whether %s holds the same model cannot be told, only that its sizes fit",
+        checkpoint.path,
+        named or recorded or "a base that it does not name",
+        base_path,
+    )
 
 
 class _Reader:

@@ -16,7 +16,8 @@ from eda.formats.checkpoint import (
     require_tensors,
 )
 from eda.formats.config import ModelConfig
-from eda.formats.model_files import open_model
+from eda.formats.model_files import ModelFiles, open_model
+from eda.formats.quantised_layers import Keep, QuantisedLayers
 from eda.models.answers import Answer, Logits, Need
 from eda.models.attention import PackedBatch, masks_for
 from eda.models.cache import KVCache
@@ -26,8 +27,8 @@ from eda.models.lora import LoraSegment, add_low_rank
 from eda.models.rotary import RotaryEmbedding
 from eda.transfers import upload
 
-_EMBEDDING = "model.embed_tokens.weight"
-_HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 _RECOMPUTED = re.compile(r"rotary_emb\.inv_freq$")  # older checkpoints stored what the config determines
 # Private in torch; a release without one of them only loses the automatic choice.
 _BFLOAT16_CPU_CHECKS = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
@@ -49,6 +50,10 @@ class TargetOutput:
 
 class TargetBody(Protocol):
     """Runs a target's layers and its output layer."""
+
+    def formats(self, model: "TargetModel") -> tuple[str, ...]:
+        """The formats that the weights are read in, each once."""
+        ...
 
     def run(
         self,
@@ -78,6 +83,10 @@ class TorchBody:
 
     def __init__(self) -> None:
         self._packed_head: Tensor | None = None
+
+    def formats(self, model: "TargetModel") -> tuple[str, ...]:
+        """See ``TargetBody``."""
+        return (str(model.dtype).removeprefix("torch."),)
 
     def pack(self, model: "TargetModel") -> None:
         """Lays the weights of ``model`` out for products on CPUs, where that is faster; it cannot be saved then.
@@ -157,42 +166,58 @@ class TargetModel(nn.Module):
     @classmethod
     def load(
         cls,
-        path_or_hub_id: str | Path,
+        source: str | Path | ModelFiles,
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        keep: Keep | None = None,
     ) -> Self:
         """Reads a Hugging Face checkpoint (a local directory or a hub id) or a GGUF file.
 
         Args:
             dtype: type to compute in; ``None`` chooses by the device (see ``automatic_dtype``).
+            keep: leaves layers that a file holds in 8 or 4 bits so, as ``Linear.quantised``; the embedding and the
+                output layer become floats.
 
         Raises:
             CheckpointError: the directory is missing, incomplete, misshapen or in an unsafe format.
             UnsupportedModelError: the architecture is not implemented; the message lists those that are.
         """
-        files = open_model(path_or_hub_id)
+        files = source if isinstance(source, ModelFiles) else open_model(source)
         config, checkpoint = files.config, files.checkpoint
-        if config.tie_word_embeddings and _HEAD in checkpoint and _EMBEDDING in checkpoint:
+        if config.tie_word_embeddings and HEAD in checkpoint and EMBEDDING in checkpoint:
             # A config may say "tied" while the file holds two different matrices; the file is right.
-            tied = torch.equal(checkpoint.tensor(_HEAD), checkpoint.tensor(_EMBEDDING))
+            tied = torch.equal(checkpoint.tensor(HEAD), checkpoint.tensor(EMBEDDING))
             config = replace(config, tie_word_embeddings=tied)
         with torch.device("meta"):  # no time and memory for an initialisation that is overwritten
             model = cls(config, fingerprint=files.fingerprint, path=files.path)
-        ignored = re.compile(f"{_RECOMPUTED.pattern}|^{re.escape(_HEAD)}$")
+        ignored = re.compile(f"{_RECOMPUTED.pattern}|^{re.escape(HEAD)}$")
         ignored = ignored if config.tie_word_embeddings else _RECOMPUTED
         require_tensors(checkpoint, model._places(), ignored)  # before memory is taken
+        if keep is not None:
+            model._quantise(QuantisedLayers(checkpoint, config, keep))
         model = model.to(dtype or automatic_dtype(device)).to_empty(device=device)
         if config.tie_word_embeddings:
             model.head = model.embedding
-        copy_weights(checkpoint, model._places(), ignored)
+        copy_weights(checkpoint, model._places())
         return model.requires_grad_(False)
 
+    def _quantise(self, source: QuantisedLayers) -> None:
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            fused = layer.fused_projections()
+            for name, weight in source.read(index).items():
+                fused[name].quantise(weight)
+        source.report()
+
     def _places(self) -> dict[str, Tensor]:
-        """Where each tensor of a checkpoint belongs: views of the fused weights, by the checkpoint's names."""
-        places: dict[str, Tensor] = {_EMBEDDING: self.embedding, "model.norm.weight": self.norm.weight}
+        """Where each tensor of a checkpoint belongs: views of the fused weights, by the checkpoint's names.
+
+        Quantised layers have no such place.
+        """
+        places: dict[str, Tensor] = {EMBEDDING: self.embedding, "model.norm.weight": self.norm.weight}
         if not self.config.tie_word_embeddings:
-            places[_HEAD] = self.head
+            places[HEAD] = self.head
         projections = layer_projections(self.config)
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
@@ -206,7 +231,8 @@ class TargetModel(nn.Module):
             for name, projection in projections.items():
                 linear = fused[projection.fused]
                 rows = slice(projection.out_start, projection.out_start + projection.out_size)
-                places[f"{prefix}.{name}.weight"] = linear.weight.data[rows]
+                if linear.quantised is None:
+                    places[f"{prefix}.{name}.weight"] = linear.weight.data[rows]
                 if linear.bias is not None:
                     places[f"{prefix}.{name}.bias"] = linear.bias.data[rows]
         return places
@@ -214,6 +240,11 @@ class TargetModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.embedding.dtype
+
+    @property
+    def weight_formats(self) -> tuple[str, ...]:
+        """What the weights are read as: one of float32, bfloat16, int8, int4; several where layers differ."""
+        return self.body.formats(self)
 
     @property
     def device(self) -> torch.device:

@@ -12,7 +12,7 @@ from eda.adapters.jobs.pipeline import AdaptationResult, StageEvent, run_adaptat
 from eda.adapters.jobs.spec import AdaptationSpec, DataSpec, TargetKind, TrainingOptions
 from eda.adapters.store.names import check_name
 from eda.errors import EdaError
-from eda.server.commands.options import options_of, with_options
+from eda.server.commands.options import Weights, options_of, with_options
 from eda.training.data.prompts import Prompt, read_prompts
 from eda.training.data.scores import DEFAULT_SCORE, SCORES
 from eda.training.files import hash_of_json, write_bytes_atomically
@@ -46,7 +46,7 @@ def adapt(
         bool, typer.Option("--skip-triage", help="Train even where the shared draft serves well already.")
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the target: auto, float32 or bfloat16.")] = "auto",
+    weights: Weights = None,
     num_threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. [all]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
@@ -71,11 +71,19 @@ def adapt(
         options = _training_options(training)
         rows = _read_rows(prompts, self_prompts)
         spec = _specification(
-            check_name(name), target, fine_tune, draft, rows, self_prompts, options, not skip_triage
+            check_name(name),
+            target,
+            fine_tune,
+            draft,
+            rows,
+            self_prompts,
+            options,
+            not skip_triage,
+            weights or "auto",
         )
         workspace = store / WORK_DIRECTORY / spec.job_id
         _write_prompts(workspace / PROMPTS_FILE, rows)
-        models = StageModels.load(spec, target, draft, device=device, dtype=dtype)
+        models = StageModels.load(spec, target, draft, device=device, weights=weights or "auto")
         stages = stages_of(StageJob(spec, models, AdapterStore(store)))
         with progress_bars(quiet) as show, stop_on_interrupt() as should_stop:
             counts: dict[str, tuple[int, int]] = {}
@@ -126,16 +134,16 @@ def _specification(
     self_prompts: int | None,
     options: TrainingOptions,
     triage: bool,
+    weights: str,
 ) -> AdaptationSpec:
     """The job. Its id follows from everything that decides the result, so the same command finds its files again."""
-    from eda.formats.checkpoint_files import ADAPTER_CONFIG_FILE, resolve_directory
-    from eda.formats.fingerprint import fingerprint_directory
-    from eda.formats.model_files import open_model
+    from eda.formats.checkpoint_files import ADAPTER_CONFIG_FILE, is_gguf, resolve_directory
+    from eda.formats.model_files import fingerprint_files, open_model
     from eda.models.draft import DraftModel
 
-    path = resolve_directory(fine_tune)
+    path = Path(fine_tune) if is_gguf(fine_tune) else resolve_directory(fine_tune)
     base = open_model(target).fingerprint
-    own = fingerprint_directory(path)
+    own = fingerprint_files(path)
     kind: TargetKind = "full"
     if (path / ADAPTER_CONFIG_FILE).exists():
         kind, own = "lora", f"{base}+{own}"
@@ -157,7 +165,7 @@ def _specification(
         training=options,
         triage=triage,
     )
-    identity = hash_of_json([spec.to_json(), DraftModel.load(draft).fingerprint()])
+    identity = hash_of_json([spec.to_json(), DraftModel.load(draft).fingerprint(), weights])
     return replace(spec, job_id=f"adapt-{identity[:16]}")
 
 

@@ -8,6 +8,7 @@ import typer
 
 from eda.errors import EdaError
 from eda.server.bundled_prompts import bundled_prompts
+from eda.server.commands.options import Weights
 from eda.server.settings import ConfigurationError, load_settings
 
 
@@ -29,7 +30,7 @@ def calibrate(
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each setting; the median counts.")] = 3,
     models_dir: Annotated[Path | None, typer.Option(help="Family of models. [bundled]")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of the server.", envvar="EDA_CONFIG")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    weights: Weights = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda. [auto]")] = None,
     num_threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the model.")] = None,
 ) -> None:
@@ -59,7 +60,12 @@ def calibrate(
         sizes = sorted({int(part) for part in batch_sizes.split(",")})
         if not sizes or sizes[0] < 1:
             raise ConfigurationError(f"--batch-sizes is {batch_sizes!r}; it must be positive numbers")
-        overrides = {"models_dir": models_dir, "device": device, "num_threads": num_threads, "dtype": dtype}
+        overrides = {
+            "models_dir": models_dir,
+            "device": device,
+            "num_threads": num_threads,
+            "weights": weights,
+        }
         loaded = load_model(load_settings(config, overrides), model, None)
         texts = read_prompts(prompts or bundled_prompts(model), max(sizes))
     except (ConfigurationError, EdaError, LoadError, ValueError) as error:

@@ -55,7 +55,7 @@ def export(
             raise InvalidInputError(f"--store is {store}; there is no such directory")
         stored: ExportType = dtype
         loader = ModelLoader(
-            load_target(target, dtype=torch.float32), DraftModel.load(draft, dtype=torch.float32)
+            load_target(target, weights="float32"), DraftModel.load(draft, dtype=torch.float32)
         )
         model = loader.base if fine_tune is None else loader.fine_tune(fine_tune, name or fine_tune.name)
         manifest = private = None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from eda.errors import EdaError
+from eda.server.commands.options import Weights
 from eda.server.engine.draft_mode import DraftMode
 from eda.server.settings import ConfigurationError, load_settings
 
@@ -27,10 +28,7 @@ def generate(
             help="What speculates. [the most that the model has, lookup without a draft]", show_default=False
         ),
     ] = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"],
-        typer.Option(help="auto: bfloat16 where it is fast, else float32."),
-    ] = "auto",
+    weights: Weights = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1: off.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="0: off.")] = 0,
@@ -55,6 +53,7 @@ def generate(
 
     The acceptance length is the mean number of tokens per decoding pass of the target: 1 without a draft.
     """
+    from eda.backends.loading import instructions_of
     from eda.formats.chat_template import ChatTemplateError
     from eda.generation import GenerationRequest
     from eda.sampling.params import SamplingParams
@@ -64,7 +63,7 @@ def generate(
     try:
         settings = load_settings(
             config,
-            {"models_dir": models_dir, "device": device, "num_threads": num_threads, "dtype": dtype},
+            {"models_dir": models_dir, "device": device, "num_threads": num_threads, "weights": weights},
         )
         loaded = load_model(settings, model, draft)
         sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
@@ -95,10 +94,20 @@ def generate(
         loaded.private if used == "private" else None,
     )
     generation, text, seconds = run_generation(loaded, request, eos_ids, show=not as_json)
-    _report(generation, text, seconds, used, as_json)
+    model_run = loaded.fine_tune.model
+    formats, instructions = model_run.weight_formats, instructions_of(model_run)
+    _report(generation, text, seconds, used, formats, instructions, as_json)
 
 
-def _report(generation: "Generation", text: str, seconds: float, used: str, as_json: bool) -> None:
+def _report(
+    generation: "Generation",
+    text: str,
+    seconds: float,
+    used: str,
+    formats: tuple[str, ...],
+    instructions: str | None,
+    as_json: bool,
+) -> None:
     from eda.generation import summarise
 
     throughput = summarise([generation], seconds)
@@ -108,6 +117,8 @@ def _report(generation: "Generation", text: str, seconds: float, used: str, as_j
             "token_ids": generation.token_ids,
             "finish_reason": generation.finish_reason,
             "draft": used,
+            "weights": list(formats),
+            "instructions": instructions,
             "seconds": round(seconds, 4),
             "tokens_per_second": round(throughput.tokens_per_second, 2),
             "mean_acceptance_length": round(throughput.mean_acceptance_length, 4),
@@ -118,6 +129,7 @@ def _report(generation: "Generation", text: str, seconds: float, used: str, as_j
     typer.echo()
     typer.echo(
         f"{throughput.num_tokens} tokens in {seconds:.2f} s: {throughput.tokens_per_second:.1f} tokens/s, "
-        f"acceptance length {throughput.mean_acceptance_length:.2f} (draft: {used})",
+        f"acceptance length {throughput.mean_acceptance_length:.2f} (draft: {used}; weights: {', '.join(formats)}; "
+        f"passes: {instructions or 'torch'})",
         err=True,
     )

@@ -17,6 +17,19 @@ from annotated_types import Ge, Le
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from eda.formats.weight_settings import WeightSetting
+
+Weights = Annotated[
+    WeightSetting | None,
+    typer.Option(
+        help="What the target's weights run as; auto keeps the checkpoint's precision. [auto]",
+        envvar="EDA_WEIGHTS",
+        show_default=False,
+        show_envvar=False,
+    ),
+]
+"""Of commands that take no other settings of a server."""
+
 
 def options_of(
     declared: type[Any], names: Iterable[str] | Mapping[str, str], *, panel: str | None = None

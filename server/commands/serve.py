@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # they import torch, which takes seconds: files are checked f
 PATH = "Paths"
 ENGINE = "Engine"
 ENGINE_SETTINGS = (
-    "dtype",
+    "weights",
     "device",
     "num_threads",
     "cache_mib",

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from eda.errors import EdaError
+from eda.server.commands.options import Weights
 from eda.server.settings import ConfigurationError
 from eda.training.data.prompts import ChatFormat, Prompt, read_prompts, read_texts
 from eda.training.progress import ProgressEvent, StageStoppedError
@@ -61,6 +62,7 @@ def train_draft(
     memory_gib: Annotated[float, typer.Option(min=0, help="Memory for cached target states, in GiB.")] = 2.0,
     seed: Annotated[int, typer.Option(min=0, help="Of shuffling, sampling and initialisation.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    weights: Weights = None,
     num_threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. [all]")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
 ) -> None:
@@ -102,7 +104,7 @@ def train_draft(
         torch.set_num_threads(num_threads)
     try:
         rows = read_prompts(prompts)
-        model = load_target(target, device=choose_device(device))
+        model = load_target(target, weights=weights or "auto", device=choose_device(device))
         chat = ChatFormat.load(target, eos_ids=model.config.eos_token_ids)
         counted = [text for path in vocabulary_prompts or () for text in _texts_of(read_prompts(path))]
         with progress_bars(quiet) as show, stop_on_interrupt() as should_stop:

@@ -15,7 +15,7 @@ OPTIONS = {
     "target": "target",
     "draft": "draft",
     "data_dir": "data_dir",
-    "dtype": "dtype",
+    "weights": "weights",
     "device": "device",
     "num_threads": "worker_threads",
     "memory_mib": "worker_memory_mib",

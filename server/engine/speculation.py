@@ -93,28 +93,7 @@ class SpeculationTable:
         """
         costs = costs or DraftCosts()
         if costs.verification_cost >= DEAR_VERIFICATION:
-            return cls(
-                (
-                    SpeculationLevel(
-                        1,
-                        "chain",
-                        6,
-                        min_probability=0.2,
-                        sampled_chain=4,
-                        sampled_min_probability=0.01,
-                    ),
-                    SpeculationLevel(
-                        2,
-                        "chain",
-                        4,
-                        min_probability=0.4,
-                        sampled_chain=2,
-                        sampled_min_probability=0.05,
-                    ),
-                    SpeculationLevel(64, "chain", 0),
-                ),
-                costs,
-            )
+            return cls(_levels_of_chains(costs.verification_cost), costs)
         return cls(
             (
                 SpeculationLevel(1, "tree", 5),
@@ -151,6 +130,22 @@ class SpeculationTable:
             "measurements": measurements or [],
         }
         path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _levels_of_chains(verification_cost: float) -> tuple[SpeculationLevel, ...]:
+    """The dearer a verified token, the shorter."""
+    none = SpeculationLevel(64, "chain", 0)
+    if verification_cost > 0.5:  # a token pays only where it is all but certain
+        return SpeculationLevel(1, "chain", 1, min_probability=0.8, sampled_chain=0), none
+    if verification_cost > 0.25:
+        return SpeculationLevel(1, "chain", 2, min_probability=0.5, sampled_chain=1), none
+    if verification_cost > 0.1:
+        return SpeculationLevel(1, "chain", 4, min_probability=0.4, sampled_chain=2), none
+    return (
+        SpeculationLevel(1, "chain", 6, min_probability=0.2, sampled_chain=4, sampled_min_probability=0.01),
+        SpeculationLevel(2, "chain", 4, min_probability=0.4, sampled_chain=2, sampled_min_probability=0.05),
+        none,
+    )
 
 
 def best_chain_length(acceptance: float, costs: DraftCosts, longest: int) -> int:

@@ -22,6 +22,7 @@ def _card(registry: ModelRegistry, name: str) -> ModelCard:
         parent=model.parent,
         max_model_len=model.max_model_len,
         adapter_version=model.adapter_version,
+        weights=None if model.weights is None else list(model.weights),
     )
 
 

@@ -48,9 +48,14 @@ async def ready(services: Provided) -> HealthResponse:
 
 
 @router.get("/version")
-async def get_version() -> VersionResponse:
-    """The server's version."""
-    return VersionResponse(version=package_version())
+async def get_version(services: Provided) -> VersionResponse:
+    """The server's version, and what its models run on."""
+    runtime = services.runtime
+    return VersionResponse(
+        version=package_version(),
+        weights=None if runtime is None else list(runtime.weights),
+        instructions=None if runtime is None else runtime.instructions,
+    )
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

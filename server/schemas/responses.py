@@ -164,6 +164,9 @@ class ModelCard(BaseModel):
     parent: str | None
     max_model_len: int
     adapter_version: int | None = Field(description="version of the private module that new requests get")
+    weights: list[str] | None = Field(
+        description="formats that the weights run in (float32, bfloat16, int8, int4); null while not in memory"
+    )
 
 
 class ModelList(BaseModel):
@@ -188,3 +191,9 @@ class HealthResponse(BaseModel):
 
 class VersionResponse(BaseModel):
     version: str
+    weights: list[str] | None = Field(
+        description="formats of the base's weights; null while models are loading"
+    )
+    instructions: str | None = Field(
+        description="instruction set of the passes in C++; null while models are loading, or on torch"
+    )

@@ -64,7 +64,7 @@ def prompts() -> list[list[int]]:
 
 def own(with_private: bool) -> dict[str, object]:
     """What greedy chains of this project draft and accept, in vLLM's terms."""
-    base = load_target(MODELS / "base", dtype=torch.float32)
+    base = load_target(MODELS / "base", weights="float32")
     loader = ModelLoader(base, DraftModel.load(MODELS / "draft", dtype=torch.float32))
     fine_tune = loader.fine_tune(MODELS / "math", "math")
     private = None

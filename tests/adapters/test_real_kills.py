@@ -36,7 +36,7 @@ def work(settings: WorkerSettings, loaded: Connection) -> None:
 
     def make(claim: Claim) -> tuple[Stage, ...]:
         models = StageModels.load(
-            claim.spec, Path(settings.target), Path(settings.draft), device="cpu", dtype="float32"
+            claim.spec, Path(settings.target), Path(settings.draft), device="cpu", weights="float32"
         )
         store = Service(Path(settings.data_dir), settings.open_database()).store
         loaded.send(True)

@@ -60,7 +60,7 @@ class Job:
         self, should_stop: Callable[[], bool] = lambda: False, kinds: Sequence[type[TrainingStage]] = STAGES
     ) -> AdaptationResult:
         models = StageModels.load(
-            self.spec, self.family / "base", self.family / "draft", device="cpu", dtype="float32"
+            self.spec, self.family / "base", self.family / "draft", device="cpu", weights="float32"
         )
         job = StageJob(self.spec, models, self.store, defaults=DEFAULTS)
         stages = [kind(job) for kind in kinds]
@@ -183,7 +183,7 @@ def test_options_that_cannot_work(family: Path, tmp_path: Path) -> None:
 
 def test_answers_leave_room_for_prompts_in_a_short_model(family: Path, tmp_path: Path) -> None:
     job = Job(family, tmp_path)
-    models = StageModels.load(job.spec, family / "base", family / "draft", device="cpu", dtype="float32")
+    models = StageModels.load(job.spec, family / "base", family / "draft", device="cpu", weights="float32")
     model = models.fine_tune.model
     model.config = replace(model.config, max_position_embeddings=100)
     spec = replace(job.spec, training=TrainingOptions())

@@ -30,7 +30,7 @@ def family_on_disk(tmp_path_factory: pytest.TempPathFactory) -> FamilyOnDisk:
     tiny_target(models / "base", tokenizer=True, tie_word_embeddings=True)
     for seed, domain in enumerate(("math", "code"), start=1):
         tiny_lora(models / domain, models / "base", seed=seed)
-    base = load_target(models / "base", dtype=torch.float32)
+    base = load_target(models / "base", weights="float32")
     config = DraftConfig(
         hidden_size=32,
         intermediate_size=48,

@@ -28,7 +28,7 @@ def run(family: FamilyOnDisk, tmp_path: Path, *extra: str) -> tuple[int, dict]:
                 "8",
                 "--concurrency",
                 "1,4",
-                "--dtype",
+                "--weights",
                 "float32",
                 "--pause",
                 "0",

@@ -348,7 +348,7 @@ def test_logprobs_are_those_of_the_target_with_and_without_drafting(family: Fami
 def test_bfloat16_emits_only_tokens_within_a_stated_gap_of_the_argmax(family: Family) -> None:
     """One token and several use different kernels in bfloat16, so equality is not promised; this bound is."""
     gap = 0.25
-    base = load_target(family.paths["base"], dtype=torch.bfloat16)
+    base = load_target(family.paths["base"], weights="bfloat16")
     draft = DraftModel.load(family.paths["draft"], dtype=torch.bfloat16)
     decoder = SpeculativeDecoder.for_models(base, draft, num_slots=512)
     rng = random.Random(10)

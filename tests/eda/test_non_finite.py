@@ -13,6 +13,7 @@ from eda.backends.eager.verifier import RulesVerifier
 from eda.backends.loading import load_target
 from eda.decoder import ScheduledRow, SpeculativeDecoder
 from eda.errors import NonFiniteLogitsError
+from eda.formats.weight_settings import WeightSetting
 from eda.generation import GenerationRequest, generate
 from eda.models.answers import Logits
 from eda.models.fine_tune import FineTune
@@ -82,14 +83,14 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_target(tmp_path_factory.mktemp("target"), head_dim=32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["greedy", "greedy with logprobs", "sampled", "seeded"])
 def test_a_damaged_model_fails_its_rows_alone(
-    directory: Path, dtype: torch.dtype, value: float, name: str
+    directory: Path, weights: WeightSetting, value: float, name: str
 ) -> None:
     """Damaged after loading, in the C++ passes too; the first chunk of a prompt already holds the bad token."""
-    target, broken = (load_target(directory, dtype=dtype) for _ in range(2))
+    target, broken = (load_target(directory, weights=weights) for _ in range(2))
     broken.embedding.data[7] = value
     decoder = SpeculativeDecoder.for_models(target, num_slots=200, seed=0)
     states = [
@@ -118,7 +119,7 @@ def test_a_damaged_model_fails_its_rows_alone(
 
 
 def test_generation_without_a_server_raises(directory: Path) -> None:
-    target = load_target(directory, dtype=torch.float32)
+    target = load_target(directory, weights="float32")
     target.embedding.data[7] = math.nan
     decoder = SpeculativeDecoder.for_models(target, num_slots=64)
     request = GenerationRequest([7], max_tokens=4, speculation=Off())

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutations import damaged, mutated, written
@@ -67,7 +66,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def base(directories: dict[str, Path]) -> TargetModel:
-    return load_target(directories["target"], dtype=torch.float32)
+    return load_target(directories["target"], weights="float32")
 
 
 def copied(source: Path) -> Path:
@@ -105,7 +104,7 @@ def test_targets(directories: dict[str, Path], name: str, file: str, data: st.Da
     path = copied(directories[name])
     damage(data, path / file)
     taken_or_refused(lambda: check_target(path), CheckpointError)
-    model = taken_or_refused(lambda: load_target(path, dtype=torch.float32), CheckpointError)
+    model = taken_or_refused(lambda: load_target(path, weights="float32"), CheckpointError)
     if model is not None:
         taken_or_refused(lambda: require_usable(FineTune("damaged", model)), CheckpointError)
 

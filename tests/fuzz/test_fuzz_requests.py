@@ -83,7 +83,7 @@ def client(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[h
         fine_tunes={"math": family / "math"},
         data_dir=tmp_path_factory.mktemp("data"),
         adapter_roots=(family,),
-        dtype="float32",
+        weights="float32",
         cache_mib=8,
         max_model_len=64,
         max_body_bytes=1 << 20,

@@ -42,6 +42,7 @@ class FakeModel:
     created: int
     adapter_version: int | None
     max_model_len: int
+    weights: tuple[str, ...] | None = ("float32",)
 
 
 @dataclass

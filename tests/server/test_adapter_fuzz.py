@@ -42,7 +42,7 @@ def api(family_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         draft=family_directory / "draft",
         data_dir=tmp_path_factory.mktemp("fuzzed"),
         adapter_roots=(family_directory,),
-        dtype="float32",
+        weights="float32",
         cache_mib=8,
         reserve_disk_mib=0,
         worker=False,

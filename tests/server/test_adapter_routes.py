@@ -30,7 +30,7 @@ def services(family_directory: Path, tmp_path_factory: pytest.TempPathFactory) -
         draft=family_directory / "draft",
         data_dir=directory / "data",
         adapter_roots=(directory / "loras",),
-        dtype="float32",
+        weights="float32",
         cache_mib=16,
         baseline_share=0.0,
         max_queued_jobs=12,

@@ -47,7 +47,7 @@ def client(family_directory: Path, directory: Path) -> Iterator[httpx.Client]:
         adapter_roots=(directory / "loras",),
         api_keys=("user-key",),
         admin_key="admin-key",
-        dtype="float32",
+        weights="float32",
         cache_mib=8,
         reserve_disk_mib=0,
         worker=False,

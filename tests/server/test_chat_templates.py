@@ -71,7 +71,7 @@ def client(family_directory: Path, models: dict[str, Path], directory: Path) -> 
         fine_tunes=models,
         data_dir=directory / "data",
         adapter_roots=(directory / "posted",),
-        dtype="float32",
+        weights="float32",
         cache_mib=16,
         reserve_disk_mib=0,
         worker=False,

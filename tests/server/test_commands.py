@@ -33,7 +33,7 @@ def run(*arguments: str) -> tuple[int, str, str]:
 
 @pytest.fixture
 def models(family_directory: Path) -> list[str]:
-    return ["--models-dir", str(family_directory), "--dtype", "float32"]
+    return ["--models-dir", str(family_directory), "--weights", "float32"]
 
 
 @pytest.mark.parametrize("draft", ["none", "shared", "lookup"])
@@ -55,7 +55,7 @@ def test_generate_prints_the_targets_text(models: list[str], oracle: Oracle, mod
     assert code == 0
     assert text.removesuffix("\n") == oracle.text(model, PROMPT, 20)
     assert "tokens/s" in report
-    assert f"(draft: {draft})" in report
+    assert f"(draft: {draft}; weights: float32; passes: torch)" in report
 
 
 def test_generate_takes_directories(models: list[str], family_directory: Path, oracle: Oracle) -> None:
@@ -68,11 +68,11 @@ def test_generate_takes_directories(models: list[str], family_directory: Path, o
 def test_generate_stands_alone_without_a_family(
     family_directory: Path, tmp_path: Path, oracle: Oracle
 ) -> None:
-    alone = ["--models-dir", str(tmp_path), "--dtype", "float32"]
+    alone = ["--models-dir", str(tmp_path), "--weights", "float32"]
     path = str(family_directory / "full")
     code, text, report = run("generate", "--model", path, "--prompt", PROMPT, "--max-tokens", "8", *alone)
     assert (code, text.removesuffix("\n")) == (0, oracle.text("full", PROMPT, 8))
-    assert "(draft: lookup)" in report
+    assert "(draft: lookup; weights: float32; passes: torch)" in report
 
 
 def test_generate_as_json(models: list[str]) -> None:
@@ -82,6 +82,7 @@ def test_generate_as_json(models: list[str]) -> None:
     assert code == 0
     answer = json.loads(text)
     assert len(answer["token_ids"]) == 8
+    assert (answer["weights"], answer["instructions"]) == (["float32"], None)
     assert answer["mean_acceptance_length"] >= 1.0
 
 

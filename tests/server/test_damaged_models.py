@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-import torch
 
 from eda.backends.loading import load_target
 from eda.models.fine_tune import FineTune
@@ -21,7 +20,7 @@ BODY = {"model": "broken", "prompt": "the quick", "max_tokens": 4, "temperature"
 
 @pytest.fixture(scope="module")
 def url(family: Family) -> Iterator[str]:
-    model = load_target(family.directory / "full", dtype=torch.float32)
+    model = load_target(family.directory / "full", weights="float32")
     model.embedding.data[:] = math.nan
     fine_tunes = {**family.fine_tunes, "broken": FineTune("broken", model)}
     parts = make_parts(dataclasses.replace(family, fine_tunes=fine_tunes))

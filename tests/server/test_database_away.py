@@ -27,7 +27,7 @@ def server(family_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         draft=family_directory / "draft",
         data_dir=directory / "data",
         adapter_roots=(directory / "loras",),
-        dtype="float32",
+        weights="float32",
         cache_mib=16,
         reserve_disk_mib=0,
         worker=False,

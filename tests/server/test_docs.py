@@ -29,7 +29,7 @@ def whole_server(family_directory: Path, tmp_path: Path) -> Iterator[str]:
     settings = Settings(
         models_dir=models,
         data_dir=tmp_path / "data",
-        dtype="float32",
+        weights="float32",
         worker=False,
         cache_mib=16,
         reserve_disk_mib=0,

@@ -21,13 +21,26 @@ def test_flags_win_over_environment_over_file(tmp_path: Path, monkeypatch: pytes
     file = write(tmp_path / "eda.toml", "port = 1\nmax_running = 2\nmax_waiting = 300\n")
     monkeypatch.setenv("EDA_PORT", "10")
     monkeypatch.setenv("EDA_MAX_RUNNING", "20")
-    settings = load_settings(file, {"port": 100, "dtype": None})
-    assert (settings.port, settings.max_running, settings.max_waiting, settings.dtype) == (
+    settings = load_settings(file, {"port": 100, "weights": None})
+    assert (settings.port, settings.max_running, settings.max_waiting, settings.weights) == (
         100,
         20,
         300,
         "auto",
     )
+
+
+def test_weights_come_from_the_file_or_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "eda.toml", 'weights = "int4"\n')
+    assert load_settings(file).weights == "int4"
+    monkeypatch.setenv("EDA_WEIGHTS", "int8")
+    assert load_settings(file).weights == "int8"
+    with pytest.raises(
+        ConfigurationError, match=r"weights: .*'auto', 'float32', 'bfloat16', 'int8' or 'int4'"
+    ):
+        load_settings(file, {"weights": "fp8"})
 
 
 def test_paths_in_a_file_are_relative_to_it(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from eda.backends.choice import CPU_COSTS
+from eda.backends.cpu.costs import CPU_COSTS, cpu_costs
+from eda.backends.cpu.weights import WEIGHT_FORMATS
 from eda.server.engine.draft_mode import DraftMode
 from eda.server.engine.sequence import SequenceLabels, StepStats
 from eda.server.engine.speculation import (
@@ -244,6 +245,39 @@ def test_built_in_tables_draft_less_at_a_temperature() -> None:
     for level in table.levels:
         greedy, sampled = level.speculation(), level.speculation(sampled=True)
         assert sampled.length <= greedy.length
+
+
+@pytest.mark.parametrize(
+    ("dearer", "cheaper"),
+    [
+        (("avx2", "bfloat16"), ("avx512-bf16+vnni", "bfloat16")),
+        (("avx2", "int8"), ("avx2+vnni", "int8")),
+        (("avx2+vnni", "int4"), ("avx2+vnni", "int8")),
+        (("avx512", "int4"), ("avx512", "bfloat16")),
+        (("neon", "bfloat16"), ("avx512", "bfloat16")),
+    ],
+)
+def test_built_in_chains_are_shorter_where_verified_tokens_are_dear(
+    dearer: tuple[str, str], cheaper: tuple[str, str]
+) -> None:
+    short, long = (SpeculationTable.default(cpu_costs(*pair)) for pair in (dearer, cheaper))
+    assert short.costs.verification_cost > long.costs.verification_cost
+    for sampled in (False, True):
+        first, second = (table.levels[0].speculation(sampled=sampled) for table in (short, long))
+        assert isinstance(first, Chain)
+        assert isinstance(second, Chain)
+        assert first.length < second.length
+
+
+@pytest.mark.parametrize(
+    "instructions", ["scalar", "avx2", "avx2+vnni", "avx512", "avx512-bf16+vnni", "neon"]
+)
+@pytest.mark.parametrize("weights", WEIGHT_FORMATS)
+def test_built_in_chains_pay_when_all_tokens_are_accepted(instructions: str, weights: str) -> None:
+    table = SpeculationTable.default(cpu_costs(instructions, weights))
+    chain = table.levels[0].speculation()
+    assert isinstance(chain, Chain)
+    assert best_chain_length(0.99, table.costs, chain.length) == chain.length
 
 
 @pytest.mark.parametrize(

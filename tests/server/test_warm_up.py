@@ -28,7 +28,7 @@ def test_warming_up_is_a_part_of_loading(
     settings = Settings(
         models_dir=family_directory,
         data_dir=tmp_path,
-        dtype="float32",
+        weights="float32",
         worker=False,
         cache_mib=16,
         cuda_graphs="off",

@@ -29,7 +29,7 @@ def server(family_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         fine_tunes={"math": family_directory / "math"},
         data_dir=directory / "data",
         adapter_roots=(directory / "loras",),
-        dtype="float32",
+        weights="float32",
         reserve_disk_mib=0,
     )
     services = Services(settings, load=load_runtime)
@@ -107,7 +107,7 @@ def test_jobs_of_an_earlier_run_are_spoken_of(family_directory: Path, tmp_path: 
     database = Database(sqlite_url(tmp_path / DATABASE_FILE))
     JobService(tmp_path, database).submit("law")
     database.close()
-    settings = Settings(target=family_directory / "base", data_dir=tmp_path, dtype="float32")
+    settings = Settings(target=family_directory / "base", data_dir=tmp_path, weights="float32")
     configure_logs(Settings(log_level="warning"))
     try:
         with capture_logs() as lines:

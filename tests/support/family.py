@@ -97,7 +97,7 @@ def save_family(directory: Path) -> Path:
     save_lora(directory / "math", seed=2)
     save_lora(directory / "code", seed=3)
     save_target(directory / "full", seed=4)
-    target = load_target(directory / "base", dtype=torch.float32)
+    target = load_target(directory / "base", weights="float32")
     vocab_size = target.config.vocab_size
     config = DraftConfig(
         hidden_size=32,
@@ -137,7 +137,7 @@ class Family:
 
     @classmethod
     def load(cls, directory: Path) -> "Family":
-        target = load_target(directory / "base", dtype=torch.float32)
+        target = load_target(directory / "base", weights="float32")
         draft = DraftModel.load(directory / "draft")
         fine_tunes = {"base": FineTune("base", target)}
         for name in ("math", "code", "full"):

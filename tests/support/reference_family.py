@@ -110,7 +110,7 @@ def make_family(directory: Path, *, seed: int = 0) -> Family:
     _random_lora(
         paths["base"], paths["medical"], seed + 3, ["k_proj", "o_proj", "gate_proj", "up_proj", "lm_head"]
     )
-    base = load_target(paths["base"], dtype=torch.float32)
+    base = load_target(paths["base"], weights="float32")
     config = DraftConfig(
         hidden_size=32,
         intermediate_size=48,

@@ -35,7 +35,7 @@ class CpuBody:
         Weights are rounded to ``weights``; layers that are quantised already stay as they are. ``head`` stands in for
         the model's own output layer where a file holds it quantised.
 
-        ``eda.backends.cpu.target.supports`` says for which models this can be.
+        ``eda.backends.cpu.target.obstacle`` says for which models this can be.
         """
         layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
         own_head = model.head if head is None else head
@@ -43,10 +43,14 @@ class CpuBody:
         model.layers = nn.ModuleList()
         return body
 
-    @property
-    def formats(self) -> tuple[WeightFormat, ...]:
-        """The formats of the layers' weights and of the output layer, each once."""
+    def formats(self, model: TargetModel) -> tuple[str, ...]:
+        """See ``TargetBody``."""
         return self._kernel.formats
+
+    @property
+    def rounding(self) -> WeightFormat:
+        """What plain weights are rounded to."""
+        return self._kernel.weights
 
     def run(
         self,

@@ -241,6 +241,17 @@ def kernels() -> ctypes.CDLL | None:
     return library
 
 
+def absence() -> str:
+    """Why ``kernels`` has none."""
+    if os.environ.get(_SWITCH) == "0":
+        return f"{_SWITCH}=0 forbids them"
+    if not can_run(wanted_instructions()):
+        return "the processor has neither AVX2 nor 64-bit ARM's NEON"
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        return "there is no C++ compiler, g++ or clang++"
+    return "they could not be compiled, and the log says why"
+
+
 def instruction_set() -> str | None:
     """What the passes were compiled for, such as ``avx512-bf16+vnni``, ``avx2`` or ``neon``; ``None`` without them."""
     library = kernels()

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from eda.backends.cpu.library import CLoraLayer, Layer, Shape, kernels
+from eda.backends.cpu.library import CLoraLayer, Layer, Shape, absence, kernels
 from eda.backends.cpu.memory import WeightMemory
 from eda.backends.cpu.threads import num_threads
 from eda.backends.cpu.tokens import SegmentWeights, TokenArrays, as_pointer
@@ -39,7 +39,7 @@ READ = frozenset(
         "max_position_embeddings",
     }
 )
-"""Fields of ``ModelConfig`` that the C++ passes compute by, or that ``supports`` looks at."""
+"""Fields of ``ModelConfig`` that the C++ passes compute by, or that ``obstacle`` looks at."""
 IRRELEVANT = frozenset(
     # Rotary angles and the shared head are made in Python; the others say nothing about the layers.
     {"architecture", "rope", "tie_word_embeddings", "eos_token_ids", "dtype"}
@@ -47,17 +47,20 @@ IRRELEVANT = frozenset(
 """All other fields. One that is in neither set would be computed as if it were not there; a test compares."""
 
 
-def supports(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether ``TargetKernel`` can run a model of this kind here."""
-    return (
-        device.type == "cpu"
-        and dtype == torch.bfloat16
-        and config.head_dim in HEAD_SIZES
-        and config.hidden_size % 16 == 0
-        and not config.mlp_bias
-        and all(window is None or window >= config.max_position_embeddings for window in config.layer_windows)
-        and kernels() is not None
-    )
+def obstacle(config: ModelConfig, device: torch.device) -> str | None:
+    """Why ``TargetKernel`` cannot run a model of this kind here; ``None`` where it can, in bfloat16 or less."""
+    if device.type != "cpu":
+        return f"the device is {device}, and they are for CPUs"
+    if config.head_dim not in HEAD_SIZES:
+        sizes = ", ".join(map(str, HEAD_SIZES))
+        return f"the model has heads of {config.head_dim}, and they take {sizes}"
+    if config.hidden_size % 16:
+        return f"the model's hidden size is {config.hidden_size}, and they take multiples of 16"
+    if config.mlp_bias:
+        return "the model's feed-forward layers have biases"
+    if any(window is not None and window < config.max_position_embeddings for window in config.layer_windows):
+        return "the model has sliding windows"
+    return None if kernels() is not None else absence()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,7 +92,8 @@ class TargetKernel:
         assert library is not None
         self._library = library
         self._config = config
-        self._weights = weights
+        self.weights = weights
+        """What plain weights are rounded to."""
         self._memory = WeightMemory()
         self._kept: list[PackedWeight | Tensor] = []
         self._layers = (Layer * config.num_layers)(*(self._layer(layer) for layer in layers))
@@ -111,7 +115,7 @@ class TargetKernel:
         projections = layer.fused_projections()
         attention = layer.attention
         own = {name: linear.quantised or linear.weight for name, linear in projections.items()}
-        format, memory = self._weights, self._memory
+        format, memory = self.weights, self._memory
         weights = [
             PackedWeight(own["qkv"], format=format, memory=memory),
             PackedWeight(own["output"], format=format, memory=memory),
@@ -221,7 +225,7 @@ class TargetKernel:
     def _lora(self, adapter: LoraAdapter) -> "_PackedLora":
         found = self._loras.get(adapter)
         if found is None:
-            found = self._loras[adapter] = _PackedLora(adapter, self._config, self._weights)
+            found = self._loras[adapter] = _PackedLora(adapter, self._config, self.weights)
         return found
 
 

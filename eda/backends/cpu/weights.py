@@ -49,7 +49,7 @@ class PackedWeight:
             self.format = weight.format
             self.data = _byte_blocks(weight) if weight.format == "int8" else _nibble_blocks(weight)
             self.scales = _group_blocks(weight.scales)
-            if weight.minimums is not None and not _is_symmetric(weight):
+            if weight.minimums is not None and not weight.is_symmetric:
                 self.minimums = _group_blocks(weight.minimums)
             outputs, inputs = self.data.shape[0] * BLOCK, self.data.shape[1] * GROUP
         if memory is not None:
@@ -111,12 +111,9 @@ def _group_blocks(values: Tensor) -> Tensor:
 
 
 def _with_whole_blocks(rows: Tensor) -> Tensor:
+    if rows.shape[0] % BLOCK == 0:
+        return rows  # padding copies even where there is none
     return torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % BLOCK))
-
-
-def _is_symmetric(weight: QuantisedWeight) -> bool:
-    """Whether the passes know the minimums from the scales, as in GGUF's Q4_0."""
-    return weight.minimums is not None and torch.equal(weight.minimums, weight.scales * -8)
 
 
 def packed_gate_up(
@@ -133,11 +130,16 @@ def packed_gate_up(
     index = torch.full((2, size), 2 * intermediate_size)
     index[:, :intermediate_size] = torch.arange(2 * intermediate_size).view(2, intermediate_size)
     order = index.view(2, size // half, half).transpose(0, 1).reshape(-1)
+    more = _one_more_row if size > intermediate_size else _as_they_are
     if isinstance(gate_up, Tensor):
-        return PackedWeight(_one_more_row(gate_up.detach())[order], format=format, memory=memory)
-    minimums = None if gate_up.minimums is None else _one_more_row(gate_up.minimums)
-    parts = _one_more_row(gate_up.steps), _one_more_row(gate_up.scales), minimums
+        return PackedWeight(more(gate_up.detach())[order], format=format, memory=memory)
+    minimums = None if gate_up.minimums is None else more(gate_up.minimums)
+    parts = more(gate_up.steps), more(gate_up.scales), minimums
     return PackedWeight(QuantisedWeight(gate_up.format, *parts).rows(order), memory=memory)
+
+
+def _as_they_are(rows: Tensor) -> Tensor:
+    return rows
 
 
 def _one_more_row(rows: Tensor) -> Tensor:

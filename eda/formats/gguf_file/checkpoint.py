@@ -124,12 +124,18 @@ class GgufCheckpoint:
         """
         if name not in self.entries:
             raise CheckpointError(f"{self.path} has no tensor {name}")
-        entry = self.entries[name]
-        if entry.dtype in _FLOATS or len(entry.shape) != 2:
+        if not self.is_quantised(name):
             return None
-        weight = _kept(entry) if entry.dtype in _KEPT else _converted(entry)
-        order = self._order(name)
-        return weight if order is None else weight.rows(order)
+        entry = self.entries[name]
+        stored, order = _stored(entry), self._order(name)
+        if order is not None:
+            stored = stored[order.numpy()]
+        return _kept(entry, stored) if entry.dtype in _KEPT else _converted(entry, stored)
+
+    def is_quantised(self, name: str) -> bool:
+        """See ``WeightSource``."""
+        entry = self.entries[name]
+        return entry.dtype not in _FLOATS and len(entry.shape) == 2
 
     def _order(self, name: str) -> Tensor | None:
         parts = name.split(".")
@@ -233,19 +239,23 @@ def _stored(entry: TensorEntry) -> NDArray[np.uint8]:
     return content.reshape(*entry.shape[:-1], -1)
 
 
-def _kept(entry: TensorEntry) -> QuantisedWeight:
-    """The layouts are those of ``block_q8_0``, ``block_q4_0`` and ``block_q4_1`` in ggml-common.h."""
+def _kept(entry: TensorEntry, rows: NDArray[np.uint8]) -> QuantisedWeight:
+    """The layouts are those of ``block_q8_0``, ``block_q4_0`` and ``block_q4_1`` in ggml-common.h.
+
+    In numpy: torch's threads would take longer to meet than such copies last, where other processes want the cores.
+    """
     n, k = entry.shape
-    blocks = torch.from_numpy(_stored(entry)).view(n, k // GROUP, -1)
-    scales = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
+    blocks = rows.reshape(n, k // GROUP, -1)
+    scales = _halves(blocks[..., :2])
     if entry.dtype == "Q8_0":
-        return QuantisedWeight("int8", blocks[..., 2:].contiguous().view(torch.int8).view(n, k), scales, None)
-    pairs = blocks[..., -GROUP // 2 :]
-    steps = torch.cat([pairs & 0x0F, pairs >> 4], dim=-1).view(n, k)
+        values = np.ascontiguousarray(blocks[..., 2:]).view(np.int8)
+        return QuantisedWeight("int8", torch.from_numpy(values).view(n, k), scales, None)
+    pairs, nibbles = blocks[..., -GROUP // 2 :], np.empty((n, k // GROUP, GROUP), np.uint8)
+    np.bitwise_and(pairs, 0x0F, out=nibbles[..., : GROUP // 2])
+    np.right_shift(pairs, 4, out=nibbles[..., GROUP // 2 :])
+    steps = torch.from_numpy(nibbles).view(n, k)
     if entry.dtype == "Q4_1":
-        return QuantisedWeight(
-            "int4", steps, scales, blocks[..., 2:4].contiguous().view(torch.float16).squeeze(-1)
-        )
+        return QuantisedWeight("int4", steps, scales, _halves(blocks[..., 2:4]))
     if scales.float().abs().max() > _GREATEST_SCALE:
         raise CheckpointError(
             f"{entry.file}: a Q4_0 tensor has a scale of {scales.float().abs().max().item():g}; at most "
@@ -254,8 +264,13 @@ def _kept(entry: TensorEntry) -> QuantisedWeight:
     return QuantisedWeight("int4", steps, scales, scales * -8)
 
 
-def _converted(entry: TensorEntry) -> QuantisedWeight:
-    kind, rows = GGMLQuantizationType[entry.dtype], _stored(entry)
+def _halves(pairs: NDArray[np.uint8]) -> Tensor:
+    """Float16 numbers of ``[n, groups, 2]`` bytes."""
+    return torch.from_numpy(np.ascontiguousarray(pairs).view(np.float16)).squeeze(-1)
+
+
+def _converted(entry: TensorEntry, rows: NDArray[np.uint8]) -> QuantisedWeight:
+    kind = GGMLQuantizationType[entry.dtype]
     parts = [
         quantised(torch.from_numpy(dequantize(rows[first : first + _ROWS_AT_ONCE], kind)), "int8")
         for first in range(0, rows.shape[0], _ROWS_AT_ONCE)

@@ -71,7 +71,7 @@ def test_older_spellings_of_rope_and_dtype_are_read(target: Path) -> None:
     assert (config.rope.type, config.rope.theta, config.rope.parameters["factor"]) == ("linear", 5000.0, 2.0)
     assert config.dtype == torch.bfloat16
     tokens = random_tokens(12, seed=1)
-    found = complete(load_target(target, dtype=torch.float32), tokens)
+    found = complete(load_target(target, weights="float32"), tokens)
     assert_equal_logits(found, reference_logits(reference(target), tokens))
 
 
@@ -139,7 +139,7 @@ def test_shards_load_like_one_file(stored: Path, tmp_path: Path) -> None:
     sharded = tiny_target(tmp_path, max_shard_size="40KB")
     assert not (sharded / WEIGHTS).exists()
     assert len(list(sharded.glob("*.safetensors"))) > 2
-    whole, parts = (load_target(path, dtype=torch.float32) for path in (stored, sharded))
+    whole, parts = (load_target(path, weights="float32") for path in (stored, sharded))
     tokens = random_tokens(10, seed=4)
     assert torch.equal(complete(whole, tokens), complete(parts, tokens))
     assert whole.fingerprint == parts.fingerprint
@@ -201,14 +201,14 @@ def test_damaged_files_are_refused(target: Path, damage: str) -> None:
 
 def test_a_tied_config_over_two_different_matrices_is_not_tied(target: Path) -> None:
     edit_json(target / "config.json", tie_word_embeddings=True)
-    model = load_target(target, dtype=torch.float32)
+    model = load_target(target, weights="float32")
     assert model.head is not model.embedding
     tokens = random_tokens(8, seed=2)
     assert_equal_logits(complete(model, tokens), reference_logits(reference(target), tokens))
     tensors = load_file(target / WEIGHTS)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, target / WEIGHTS)
-    model = load_target(target, dtype=torch.float32)
+    model = load_target(target, weights="float32")
     assert model.head is model.embedding
     assert model.config.tie_word_embeddings
 
@@ -276,7 +276,7 @@ def test_other_names_never_reach_the_hub(name: str, tmp_path: Path, monkeypatch:
 
 
 def test_a_full_checkpoint_is_a_fine_tune(stored: Path, tmp_path: Path) -> None:
-    base = load_target(stored, dtype=torch.float32)
+    base = load_target(stored, weights="float32")
     tuned = load_fine_tune(tiny_target(tmp_path, seed=7), base, "tuned")
     assert tuned.lora is None
     assert tuned.model is not base

@@ -41,7 +41,7 @@ def sound(stored: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def logits(path: Path) -> torch.Tensor:
-    return complete(load_target(path, dtype=torch.float32), TOKENS)
+    return complete(load_target(path, weights="float32"), TOKENS)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -316,7 +316,7 @@ def test_damaged_files_load_or_are_refused(tmp_path: Path, sound: Path, data: st
             content[place:place] = change
     file = tmp_path / "damaged.gguf"
     file.write_bytes(content[: data.draw(st.just(len(content)) | st.integers(0, len(content)))])
-    for read in (lambda: load_target(file, dtype=torch.float32), lambda: load_tokenizer(file)):
+    for read in (lambda: load_target(file, weights="float32"), lambda: load_tokenizer(file)):
         message = str(file)
         try:
             read()

@@ -18,6 +18,7 @@ from eda.formats.config import ModelConfig
 from eda.formats.config_fields import SIZE_LIMITS
 from eda.formats.draft_files import draft_shapes, read_draft_fields
 from eda.formats.preflight import check_draft, check_fine_tune, check_target
+from eda.formats.weight_settings import WeightSetting
 from eda.models.draft import DraftModel
 from eda.models.fine_tune import FineTune
 from eda.models.probe import require_usable
@@ -206,8 +207,9 @@ def test_weights_whose_products_overflow_are_refused(target: Path) -> None:
     require_usable(FineTune("sound", load_target(target)))
     weights = {name: weight * 0 + MAX_WEIGHT for name, weight in load_file(target / WEIGHTS).items()}
     save_file(weights, target / WEIGHTS)
-    for dtype in (torch.float32, torch.bfloat16):
-        model = load_target(target, dtype=dtype)
+    formats: tuple[WeightSetting, ...] = ("float32", "bfloat16")
+    for format in formats:
+        model = load_target(target, weights=format)
         with pytest.raises(CheckpointError, match=r"'huge' gives .*too large"):
             require_usable(FineTune("huge", model))
 
@@ -254,7 +256,7 @@ def test_an_adapter_in_place_of_a_base_is_told(stored: Path, tmp_path: Path) -> 
 
 
 def test_names_as_in_memory_and_of_other_tools_are_told(stored: Path, tmp_path: Path) -> None:
-    base = load_target(stored, dtype=torch.float32)
+    base = load_target(stored, weights="float32")
     adapter = tiny_lora(tmp_path / "lora", stored, targets=["q_proj"])
     file = adapter / "adapter_model.safetensors"
     saved = load_file(file)
@@ -293,4 +295,4 @@ def test_names_of_files_that_cannot_be_are_refused(target: Path, stored: Path, t
     refused(check_target, target, "lacks xxx")
     adapter = tiny_lora(tmp_path / "lora", stored, targets=["q_proj"])
     edit_json(adapter / "adapter_config.json", base_model_name_or_path="y" * 5000)
-    load_fine_tune(adapter, load_target(stored, dtype=torch.float32), "a")
+    load_fine_tune(adapter, load_target(stored, weights="float32"), "a")

@@ -19,7 +19,7 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def model(base: Path) -> TargetModel:
-    return load_target(base, dtype=torch.float32)
+    return load_target(base, weights="float32")
 
 
 def test_fine_tunes_with_one_output_layer_share_what_is_made_of_it(
@@ -40,7 +40,7 @@ def test_fine_tunes_with_one_output_layer_share_what_is_made_of_it(
 
 def test_what_was_made_for_an_unloaded_fine_tune_is_forgotten(base: Path, tmp_path: Path) -> None:
     cache = FineTuneCache(lambda fine_tune: fine_tune.head_rows(torch.tensor([1, 2])))
-    fine_tune = FineTune("base", load_target(base, dtype=torch.float32))
+    fine_tune = FineTune("base", load_target(base, weights="float32"))
     cache(fine_tune)
     assert len(cache) == 1
     del fine_tune

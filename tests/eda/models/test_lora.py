@@ -49,7 +49,7 @@ def tied_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(base: Path) -> TargetModel:
-    return load_target(base, dtype=torch.float32)
+    return load_target(base, weights="float32")
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_a_batch_of_different_loras_equals_peft(base: Path, model: TargetModel, 
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")
 def test_loras_on_a_tied_model_equal_peft(tied_base: Path, tmp_path: Path, kind: dict[str, Any]) -> None:
     adapter = tiny_lora(tmp_path, tied_base, **kind)
-    fine_tune = load_fine_tune(adapter, load_target(tied_base, dtype=torch.float32), "tied")
+    fine_tune = load_fine_tune(adapter, load_target(tied_base, weights="float32"), "tied")
     tokens = random_tokens(12, seed=2)
     found = complete(fine_tune.model, tokens, fine_tune.lora)
     assert_equal_logits(found, peft_logits(tied_base, adapter, tokens))
@@ -151,7 +151,7 @@ def test_copies_of_the_bases_matrices_are_not_kept(base: Path, model: TargetMode
 
 
 def test_a_lora_works_in_bfloat16(base: Path, adapter: Path) -> None:
-    narrow = load_target(base, dtype=torch.bfloat16)
+    narrow = load_target(base, weights="bfloat16")
     lora = load_fine_tune(adapter, narrow, "a").lora
     tokens = random_tokens(10, seed=5)
     assert_equal_logits(complete(narrow, tokens, lora), peft_logits(base, adapter, tokens), 0.1)
@@ -259,7 +259,7 @@ def test_a_lora_with_another_tokenizer_is_refused(base: Path, adapter: Path, tmp
     own = shutil.copytree(base, tmp_path / "own")
     tiny_tokenizer(own)
     tiny_tokenizer(adapter)
-    model = load_target(own, dtype=torch.float32)
+    model = load_target(own, weights="float32")
     load_fine_tune(adapter, model, "a")
     content = (adapter / "tokenizer.json").read_text(encoding="utf-8").replace('"A":', '"AA":')
     (adapter / "tokenizer.json").write_text(content, encoding="utf-8")

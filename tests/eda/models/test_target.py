@@ -67,7 +67,7 @@ PLAIN: dict[str, dict[str, Any]] = {
 
 def check_against_transformers(path: Path) -> None:
     """Mixed-length prefill in one pass, then decoding in mixed steps: one token here, several there."""
-    model = load_target(path, dtype=torch.float32)
+    model = load_target(path, weights="float32")
     cache = model.new_cache(96)
     cache.allocator.allocate(3)  # sequences do not begin at slot 0
     prompts = [random_tokens(count, seed=count) for count in (19, 1, 11)]
@@ -113,7 +113,7 @@ def test_logits_equal_transformers_with_all_switches(tmp_path: Path, architectur
 def windowed(tmp_path_factory: pytest.TempPathFactory) -> TargetModel:
     """Full and sliding layers in one model."""
     path = tiny_target(tmp_path_factory.mktemp("windowed"), "qwen2", **SPECIAL["qwen2"])
-    return load_target(path, dtype=torch.float32)
+    return load_target(path, weights="float32")
 
 
 @settings(max_examples=20, deadline=None)
@@ -141,7 +141,7 @@ def test_any_split_into_passes_gives_the_same_logits(
 
 def test_chunked_prefill_of_dynamic_rope_takes_the_prompts_length(tmp_path: Path) -> None:
     path = tiny_target(tmp_path, rope_parameters=ROPES["dynamic"], max_position_embeddings=16)
-    model = load_target(path, dtype=torch.float32)
+    model = load_target(path, weights="float32")
     prompt = random_tokens(40, seed=3)
     cache = model.new_cache(40)
     extent = cache.allocator.allocate(40)
@@ -161,7 +161,7 @@ def test_dynamic_rope_without_lengths_is_refused() -> None:
 def test_a_sequence_longer_than_the_rotary_table(tmp_path: Path) -> None:
     path = tiny_target(tmp_path, max_position_embeddings=16)
     tokens = random_tokens(50, seed=4)
-    found = complete(load_target(path, dtype=torch.float32), tokens)
+    found = complete(load_target(path, weights="float32"), tokens)
     assert_equal_logits(found, reference_logits(reference(path), tokens))
 
 
@@ -200,7 +200,7 @@ def test_rolling_back_forgets_the_rejected_tokens(windowed: TargetModel) -> None
 
 def test_features_are_the_hidden_states_after_the_tapped_layers(tmp_path: Path) -> None:
     path = tiny_target(tmp_path)
-    model = load_target(path, dtype=torch.float32)
+    model = load_target(path, weights="float32")
     tokens = random_tokens(9, seed=10)
     cache = model.new_cache(9)
     batch_row = Row(cache.allocator.allocate(9), tokens)
@@ -237,9 +237,9 @@ def test_a_model_stores_its_tied_head_once(tmp_path: Path) -> None:
 def test_bfloat16_runs_and_stays_near_float32(tmp_path: Path) -> None:
     path = tiny_target(tmp_path)
     tokens = random_tokens(20, seed=11)
-    narrow = complete(load_target(path, dtype=torch.bfloat16), tokens)
+    narrow = complete(load_target(path, weights="bfloat16"), tokens)
     assert narrow.dtype == torch.float32
-    assert_equal_logits(narrow, complete(load_target(path, dtype=torch.float32), tokens), 0.1)
+    assert_equal_logits(narrow, complete(load_target(path, weights="float32"), tokens), 0.1)
 
 
 def test_automatic_dtype() -> None:

@@ -139,7 +139,7 @@ def test_weights_that_are_quantised_already_keep_their_values(path: Path, weight
     on_torch = complete(model, TOKENS)
     use_kernel(model, head)
     assert isinstance(model.body, CpuBody)
-    assert model.body.formats == (weights,)
+    assert model.body.formats(model) == (weights,)
     assert torch.equal(complete(model, TOKENS), expected)
     assert mean_error([on_torch], [expected]) < 0.1  # its head is not rounded
 
@@ -153,7 +153,7 @@ def test_formats_may_differ_within_a_layer(path: Path) -> None:
     expected = complete(model, TOKENS)
     use_kernel(model)
     assert isinstance(model.body, CpuBody)
-    assert model.body.formats == ("int8", "bfloat16", "int4")
+    assert model.body.formats(model) == ("int8", "bfloat16", "int4")
     found = complete(model, TOKENS)
     assert mean_error([found], [expected]) < 0.06
     cache = model.new_cache(30)

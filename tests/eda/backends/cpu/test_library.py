@@ -49,7 +49,7 @@ def use(monkeypatch: pytest.MonkeyPatch, path: Path | None) -> None:
 
 def check_that_models_run_on_torch(directory: Path) -> None:
     path = narrow_target(directory / "model", hidden_size=48, head_dim=32)
-    model = load_target(path, dtype=torch.bfloat16)
+    model = load_target(path, weights="bfloat16")
     assert isinstance(model.body, TorchBody)
     tokens = random_tokens(9, seed=1)
     assert torch.equal(complete(model, tokens), complete(load(path, kernel=False), tokens))

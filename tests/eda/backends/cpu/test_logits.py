@@ -177,6 +177,6 @@ def test_what_the_passes_cannot_do_runs_on_torch(
     path = narrow_target(tmp_path, architecture, **sizes)
     tokens = random_tokens(12, seed=5)
     found = complete(load(path, kernel=False), tokens)
-    assert torch.equal(complete(load_target(path, dtype=torch.bfloat16), tokens), found)
-    assert isinstance(load_target(path, dtype=torch.bfloat16).body, TorchBody)
+    assert torch.equal(complete(load_target(path, weights="bfloat16"), tokens), found)
+    assert isinstance(load_target(path, weights="bfloat16").body, TorchBody)
     assert mean_error([found], [reference_logits(reference(path), tokens)]) < 0.1

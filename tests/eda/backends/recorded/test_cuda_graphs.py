@@ -14,6 +14,7 @@ import torch
 from eda.backends.loading import load_fine_tune, load_target
 from eda.backends.recorded.replay import CudaGraphBackend, GraphCache
 from eda.decoder import SpeculativeDecoder
+from eda.formats.weight_settings import WeightSetting
 from eda.models.draft import DraftModel
 from eda.models.fine_tune import FineTune
 from eda.speculation.kinds import Speculation
@@ -118,14 +119,14 @@ def test_the_installed_torch_takes_the_arguments() -> None:
     assert {"pool", "stream", "capture_error_mode"} <= set(parameters)
 
 
-def on_gpu(family: Family, dtype: torch.dtype = torch.float32) -> Family:
+def on_gpu(family: Family, weights: WeightSetting = "float32") -> Family:
     """The same family on the GPU."""
-    base = load_target(family.paths["base"], dtype=dtype, device="cuda")
+    base = load_target(family.paths["base"], weights=weights, device="cuda")
     fine_tunes = {"base": FineTune("base", base)}
     fine_tunes |= {
         name: load_fine_tune(family.paths[name], base, name) for name in ("math", "code", "medical")
     }
-    draft = DraftModel.load(family.paths["draft"], dtype=dtype, device=torch.device("cuda"))
+    draft = DraftModel.load(family.paths["draft"], dtype=base.dtype, device=torch.device("cuda"))
     return Family(family.paths, base, fine_tunes, draft)
 
 
@@ -229,7 +230,7 @@ def test_what_a_graph_cannot_hold_is_refused_and_the_device_goes_on(caplog: pyte
 @pytest.mark.gpu
 @needs_gpu
 def test_bfloat16_rounds_on_a_gpu_stay_near_the_argmax(family: Family) -> None:
-    there = on_gpu(family, torch.bfloat16)
+    there = on_gpu(family, "bfloat16")
     cases = random_cases(family, ["base"], 6, seed=9)
     for case, speculation in zip(cases, [CHAIN, TREE] * 3, strict=True):
         case.speculation = speculation

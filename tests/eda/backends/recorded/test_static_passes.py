@@ -87,7 +87,7 @@ def replay(passes: RecordedTarget, model: TargetModel, rows: list[Row]) -> tuple
 def test_padded_passes_equal_transformers(tmp_path: Path, architecture: str, special: bool) -> None:
     """Rows of 1 to 3 tokens, three in a pass of four: windows, biases, norms and dynamic rope included."""
     path = tiny_target(tmp_path, architecture, **(SPECIAL[architecture] if special else {}))
-    model = load_target(path, dtype=torch.float32)
+    model = load_target(path, weights="float32")
     cache, passes = passes_of(model, 200)
     cache.allocator.allocate(3)
     prompts = [random_tokens(count, seed=count) for count in (19, 1, 11)]
@@ -122,7 +122,7 @@ def test_padded_passes_equal_transformers(tmp_path: Path, architecture: str, spe
 def test_trees_and_features_equal_the_packed_pass(tmp_path: Path, with_lora: bool) -> None:
     """Two trees and a chain in one pass, with windows and a LoRA of every layer, the embeddings and the head."""
     path = tiny_target(tmp_path / "base", "qwen2", **SPECIAL["qwen2"])
-    model = load_target(path, dtype=torch.float32)
+    model = load_target(path, weights="float32")
     lora = None
     if with_lora:
         targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
@@ -154,7 +154,7 @@ def test_trees_and_features_equal_the_packed_pass(tmp_path: Path, with_lora: boo
 
 
 def test_only_new_slots_and_scratch_are_written(tmp_path: Path) -> None:
-    model = load_target(tiny_target(tmp_path), dtype=torch.float32)
+    model = load_target(tiny_target(tmp_path), weights="float32")
     cache, passes = passes_of(model, 160)
     extents = [cache.allocator.allocate(40) for _ in range(3)]
     run(model, cache, [Row(extent, random_tokens(7, at)) for at, extent in enumerate(extents)])
@@ -219,7 +219,7 @@ def test_inputs_keep_their_places_and_refuse_what_does_not_fit() -> None:
 
 
 def test_what_is_too_large_is_left_to_the_packed_pass(tmp_path: Path) -> None:
-    model = load_target(tiny_target(tmp_path), dtype=torch.float32)
+    model = load_target(tiny_target(tmp_path), weights="float32")
     cache, passes = passes_of(model, 300)
     extents = [cache.allocator.allocate(10) for _ in range(17)]
     rows = [static_row(Row(extent, [1])) for extent in extents]
