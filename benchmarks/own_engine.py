@@ -1,11 +1,18 @@
 """This engine as contestants of a comparison: no draft, the shared draft, private modules; alone and in batches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 from benchmarks.peers.interface import Completion, Contestant, Prompt
+from eda.backends.cpu.body import CpuBody
+from eda.backends.cpu.target import supports
+from eda.backends.cpu.weights import WEIGHT_FORMATS
+from eda.backends.loading import load_target
 from eda.decoder import SpeculativeDecoder
-from eda.generation import GenerationRequest, generate
+from eda.generation import Generation, GenerationRequest, generate
 from eda.models.draft import DraftModel
 from eda.models.private import PrivateModule
 from eda.models.target import FineTune, TargetModel
@@ -13,6 +20,10 @@ from eda.sampling.draws import SamplingParams
 from eda.server.engine.speculation import SpeculationTable
 from eda.speculation.kinds import Off, Speculation
 
+DRAFTS_WITHOUT_MODEL: Mapping[str, Callable[[], Speculation]] = {"none": Off}
+"""What a target alone can draft with, by the name in the tables."""
+OWN_VALUES = "own"
+"""The weight format of a file that is quantised already, with its values as they are."""
 KINDS = ("none", "shared", "private")
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -37,6 +48,60 @@ def speculation_at(table: SpeculationTable, concurrency: int) -> Speculation:
     return table.level_for(concurrency).speculation()
 
 
+def load_as(path: Path, weights: str) -> TargetModel:
+    """The target at ``path`` with its weights in a format of ``WEIGHT_FORMATS``, or in its ``OWN_VALUES``.
+
+    Raises ``ValueError`` for another format, and where the C++ passes cannot run the model.
+    """
+    if weights == OWN_VALUES:
+        return load_target(path)
+    if weights not in WEIGHT_FORMATS:
+        raise ValueError(
+            f"weights is {weights!r}; it must be {OWN_VALUES} or one of {', '.join(WEIGHT_FORMATS)}"
+        )
+    model = TargetModel.load(path, dtype=torch.bfloat16)
+    if not supports(model.config, model.dtype, model.device):
+        raise ValueError(f"the C++ passes cannot run {path}, so its weights cannot be {weights}")
+    model.body = CpuBody.replacing(model, weights=weights)
+    return model
+
+
+def own_target_name(weights: str, kind: str, concurrency: int) -> str:
+    """The table's name of a row of this engine on one target."""
+    drafting = "" if kind == "none" else f", {kind}"
+    return f"ours {weights}{drafting}" + ("" if concurrency == 1 else f" x{concurrency}")
+
+
+def target_contestant(
+    model: TargetModel, weights: str, kind: str, concurrency: int, max_length: int
+) -> Contestant:
+    """A target without a draft model, with ``kind`` of ``DRAFTS_WITHOUT_MODEL``."""
+    decoder = SpeculativeDecoder.for_models(model, num_slots=max_length * concurrency)
+    fine_tune = FineTune("target", model)
+
+    def complete(prompts: Sequence[Prompt], max_tokens: int) -> list[Completion]:
+        requests = [
+            GenerationRequest(
+                prompt.token_ids, max_tokens, sampling=GREEDY, speculation=DRAFTS_WITHOUT_MODEL[kind]()
+            )
+            for prompt in prompts
+        ]
+        return _completions(generate(decoder, fine_tune, requests, max_batch=concurrency))
+
+    return Contestant(own_target_name(weights, kind, concurrency), complete, concurrency)
+
+
+def _completions(generations: Iterable[Generation]) -> list[Completion]:
+    return [
+        Completion(
+            generation.token_ids,
+            len(generation.steps),
+            sum(accepted + 1 for _, accepted in generation.steps),
+        )
+        for generation in generations
+    ]
+
+
 class OwnEngine:
     """Completes prompts in one batch, those of different fine-tunes too."""
 
@@ -54,14 +119,7 @@ class OwnEngine:
     def __call__(self, prompts: Sequence[Prompt], max_tokens: int) -> list[Completion]:
         requests = [self._request(prompt, max_tokens) for prompt in prompts]
         base = FineTune("base", self._family.target)
-        return [
-            Completion(
-                generation.token_ids,
-                len(generation.steps),
-                sum(accepted + 1 for _, accepted in generation.steps),
-            )
-            for generation in generate(self._decoder, base, requests, max_batch=self._concurrency)
-        ]
+        return _completions(generate(self._decoder, base, requests, max_batch=self._concurrency))
 
     def _request(self, prompt: Prompt, max_tokens: int) -> GenerationRequest:
         return GenerationRequest(
