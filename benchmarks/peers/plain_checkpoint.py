@@ -47,6 +47,10 @@ def write_plain_from_gguf(path: Path, destination: Path) -> Path:
     unfinished = destination.with_name(destination.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
+    # Nothing is quantised any more, but transformers goes by where the weights came from.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     model.save_pretrained(unfinished)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(unfinished)
     unfinished.rename(destination)
