@@ -103,12 +103,8 @@ def _generate(model: PeerModel, kind: str, *, lookup: bool) -> Complete:
 
 def _lookup(kind: str) -> Peer:
     return Peer(
-        f"llama-cpp-python {_shown(kind)} prompt lookup", lambda model: _generate(model, kind, lookup=True)
+        f"llama-cpp-python {kind.lower()} prompt lookup", lambda model: _generate(model, kind, lookup=True)
     )
-
-
-def _shown(kind: str) -> str:
-    return kind if "_K" in kind else kind.lower()
 
 
 def at_once(name: str, sequences: int) -> str:
@@ -124,7 +120,7 @@ def file_peer(path: Path, sequences: int = 1) -> Peer:
 def plain_peer(kind: str, sequences: int = 1) -> Peer:
     """Plain decoding in one kind."""
     return Peer(
-        at_once(f"llama.cpp {_shown(kind)}", sequences),
+        at_once(f"llama.cpp {kind.lower()}", sequences),
         lambda model: _c_interface(model, gguf_of(model, kind), sequences),
         sequences,
     )
