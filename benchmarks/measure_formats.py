@@ -53,7 +53,7 @@ def parts(options: argparse.Namespace) -> list[Part]:
         Part("sixteen", (*compare, "--concurrency", "16"), options.minutes),
     ]
     if options.data is not None:
-        quality = ("benchmarks.quality", *shared, "--data", str(options.data))
+        quality = ("benchmarks.quality", *shared, *minutes, "--data", str(options.data))
         size = ("--tokens", str(options.quality_tokens))
         made += [
             Part(f"quality-{path.stem}", (*quality, *size, "--target", str(path)), options.minutes)
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--turns", type=int, default=8, help="of passes [8]")
     add("--num-prompts", type=int, default=4, help="of each domain [4]")
     add("--tokens", type=int, default=128, help="generated for each prompt [128]")
-    add("--quality-tokens", type=int, default=32768)
+    add("--quality-tokens", type=int, default=16384)
     add("--openvino-exporter", help="Python of an environment with optimum-intel")
     add("--only", default="", help="parts whose name contains this [all]")
     options = parser.parse_args(arguments)

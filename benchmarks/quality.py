@@ -180,6 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--window", type=int, default=512, help="tokens that are read at once [512]")
     add("--threads", type=int, default=0, help="CPU threads of every contestant [torch's choice]")
     add("--only", default="", help="contestants whose name contains one of these, separated by commas [all]")
+    add("--minutes", type=float, default=15.0, help="no contestant begins after that [15]")
     add("--work", type=Path, default=Path("build/peers"), help="converted weights, reused [build/peers]")
     add("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args(arguments)
@@ -204,10 +205,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "load_average_before": machine.load_average(),
     }
     machine.print_settings(settings)
+    deadline = time.monotonic() + 60 * options.minutes
     losses: dict[str, list[float]] = {}
     seconds: dict[str, float] = {}
     missing: dict[str, str] = {}
     for name, make in readers(plain, file, work, options.window, [p for p in options.only.split(",") if p]):
+        if losses and time.monotonic() > deadline:
+            missing[name] = f"was not begun within {options.minutes:g} minutes"
+            continue
         try:
             losses[name], seconds[name] = measure(make(), parts)
         except Exception as error:  # whatever is wrong with one, the others shall still be measured

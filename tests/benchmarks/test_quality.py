@@ -66,3 +66,29 @@ def test_our_passes_agree_with_transformers(tmp_path: Path) -> None:
     assert rows["ours bfloat16"]["relative"] == pytest.approx(1.0)
     for name, tolerance in (("transformers float32", 0.01), ("ours int8", 0.02), ("ours int4", 0.2)):
         assert rows[name]["relative"] == pytest.approx(1.0, abs=tolerance), name
+
+
+def test_who_cannot_begin_in_time_is_named(tmp_path: Path) -> None:
+    target = tiny_target(tmp_path / "target", tokenizer=True, head_dim=32)
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "a text that is long enough for two windows of tokens"}\n')
+    quality.main(
+        [
+            *(
+                "--target",
+                str(target),
+                "--data",
+                str(data),
+                "--tokens",
+                "32",
+                "--window",
+                "16",
+                "--minutes",
+                "0",
+            ),
+            *("--only", "ours", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "out.json")),
+        ]
+    )
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert [row["name"] for row in document["rows"]] == ["ours bfloat16"]
+    assert document["missing"]["ours int4"] == "was not begun within 0 minutes"
