@@ -1,6 +1,9 @@
 """Tokens per second of this engine beside what users would pick instead, on the same weights, in one run.
 
     python -m benchmarks.compare --threads 2 --json out.json --plot out.png
+    python -m benchmarks.compare --target model.gguf --concurrency 1,16 --threads 2 --json out.json
+
+The first compares drafts on a family of fine-tunes, the second weight formats on one model (see ``target_comparison``).
 
 Contestants take turns prompt by prompt, greedy, with no end token, so that all produce the same number of tokens.
 Peers are optional (`pip install -e '.[peers]'`); one that is missing is named with the reason. LoRA fine-tunes are
@@ -12,37 +15,37 @@ logits. Exits with 1 when this engine itself failed, with 2 when there is nothin
 
 import argparse
 import json
-import os
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from benchmarks import comparison_report as report
+from benchmarks import machine
 from benchmarks.comparison_turns import RUN_FAILED, Record, run_in_turns
 from benchmarks.faithfulness import Faithfulness, FaithfulnessCheck
 from benchmarks.own_engine import Family, missing_kinds, own_contestants, own_name
 from benchmarks.peers import ctranslate2_peer, llama_cpp_peer, openvino_peer, transformers_peer
 from benchmarks.peers.interface import (
-    Contestant,
-    MissingPeerError,
     Peer,
     PeerModel,
     Prompt,
-    first_line,
+    build_peers,
 )
 from benchmarks.peers.plain_checkpoint import write_plain_checkpoint
+from benchmarks.prompts import read_prompts
+from benchmarks.target_comparison import compare_target
 from eda.adapters.serving.model_loader import ModelLoader
 from eda.adapters.store.store import AdapterStore
 from eda.backends.loading import load_fine_tune
 from eda.decoder import SpeculativeDecoder
 from eda.formats.weight_settings import WeightSetting
 from eda.models.private import PrivateModule
+from eda.server.bundled_prompts import PROMPTS_DIRECTORY
 from eda.server.engine.speculation import SpeculationTable
 from eda.server.model_paths import ModelPaths, model_paths
 from eda.server.models import choose_device, load_pair
@@ -61,19 +64,6 @@ PEERS: tuple[Peer, ...] = (
 ROOM_FOR_DRAFTS = 64
 
 
-def build_peers(peers: Sequence[Peer], model: PeerModel) -> tuple[list[Contestant], dict[str, str]]:
-    """The peers that can take part, and the reasons of the others."""
-    contestants, missing = [], {}
-    for peer in peers:
-        try:
-            contestants.append(Contestant(peer.name, peer.build(model)))
-        except MissingPeerError as error:
-            missing[peer.name] = str(error)
-        except Exception as error:  # whatever a peer's library raises, the others shall still be measured
-            missing[peer.name] = f"could not be set up: {first_line(error)}"
-    return contestants, missing
-
-
 def load_family(
     paths: ModelPaths, domains: Sequence[str], weights: WeightSetting, device: str = "cpu"
 ) -> Family:
@@ -88,22 +78,6 @@ def load_family(
             if private is not None:
                 privates[domain] = private
     return Family(target, draft, fine_tunes, privates)
-
-
-def read_prompts(directory: Path, domain: str, count: int, tokenizer: Any) -> list[Prompt]:
-    """The first ``count`` held-out prompts of a domain, in the chat template."""
-    lines = (directory / f"{domain}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
-    return [
-        Prompt(
-            domain,
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": json.loads(line)["prompt"]}],
-                add_generation_prompt=True,
-                return_dict=False,
-            ),
-        )
-        for line in lines
-    ]
 
 
 def check_texts(checkpoint: Path, records: Sequence[Record], count: int) -> dict[str, Faithfulness]:
@@ -134,11 +108,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--models", type=Path, help="family directory [the bundled one]")
-    add("--prompts", type=Path, default=Path(__file__).parent / "prompts")
+    add("--target", type=Path, help="one model instead of a family: a GGUF file or a directory")
+    add("--formats", default="bfloat16,int8,int4", help="this engine's formats with --target [%(default)s]")
+    add("--minutes", type=float, default=15.0, help="with --target, no prompt begins after that [15]")
+    add("--prompts", type=Path, default=PROMPTS_DIRECTORY)
     add("--domains", default=",".join(DOMAINS))
     add("--num-prompts", type=int, default=8, help="prompts of each domain, from the file's start [8]")
     add("--tokens", type=int, default=256, help="tokens generated for each prompt [256]")
-    add("--concurrency", default="1,4,16", help="sequences at a time, of this engine [1,4,16]")
+    add("--concurrency", default="1,4,16", help="sequences at a time [1,4,16]")
     add("--threads", type=int, default=0, help="CPU threads of every contestant [torch's choice]")
     add("--weights", default="auto", choices=get_args(WeightSetting))
     add("--calibration", type=Path, help="what to draft at which load, by `eda bench calibrate`")
@@ -210,6 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    if options.target is not None:
+        return compare_target(options, machine.command("benchmarks.compare", arguments))
     paths = model_paths(load_settings(None, {"models_dir": options.models}))
     wanted = options.domains.split(",")
     domains = [domain for domain in wanted if domain in paths.fine_tunes]
@@ -231,14 +210,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table = SpeculationTable.load(options.calibration)
     settings = {
         "weights": ", ".join(family.target.weight_formats),
+        "command": machine.command("benchmarks.compare", arguments),
+        "machine": machine.description(),
         "backend": decoder.backend.name,
         "threads": torch.get_num_threads(),
         "num_prompts": len(prompts[0]),
         "tokens": options.tokens,
         "target": family.target.fingerprint[:16],
         "torch": torch.__version__,
-        "processor": platform.processor() or platform.machine(),
-        "load_average": os.getloadavg()[0],
+        "load_average": machine.load_average(),
     }
     print(", ".join(f"{name} {value}" for name, value in settings.items()))
     if settings["load_average"] > 0.5:
@@ -259,8 +239,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(report.table("mean over domains (shares and gaps: the worst)", means))
     reasons = report.missing_reasons(missing)
     print("", *report.missing_lines(reasons), sep="\n")
+    settings["load_average_after"] = machine.load_average()
     if options.json is not None:
         document = {
+            "kind": "family",
             "settings": settings,
             "missing": reasons,
             "rows": [row.as_json() for row in rows],

@@ -73,12 +73,18 @@ def turns(concurrencies: Sequence[int], num_prompts: int) -> Iterator[tuple[int,
 
 
 def run_in_turns(
-    contestants: Sequence[Contestant], prompts: Sequence[Prompt], max_tokens: int, *, pause: float = 0.0
+    contestants: Sequence[Contestant],
+    prompts: Sequence[Prompt],
+    max_tokens: int,
+    *,
+    pause: float = 0.0,
+    minutes: float = math.inf,
 ) -> tuple[list[Record], dict[str, str]]:
     """Runs every contestant on ``prompts``, a batch of them where it takes several at a time.
 
     Args:
         pause: seconds before each run, in which the worker threads of the engine before it go to sleep.
+        minutes: no prompt is begun that long after the warm-up; what was measured until then counts.
 
     Returns:
         Records of those that came through, in order, and the reasons of those that failed.
@@ -106,7 +112,11 @@ def run_in_turns(
     for place, contestant in enumerate(contestants):
         together = [prompts[offset % len(prompts)] for offset in range(contestant.concurrency)]
         attempt(place, together, min(WARM_UP_TOKENS, max_tokens))
+    deadline, current = time.monotonic() + 60 * minutes, 0
     for place, first in turns([contestant.concurrency for contestant in contestants], len(prompts)):
+        if first != current and time.monotonic() > deadline:
+            break
+        current = first
         contestant = contestants[place]
         if contestant.name in failed:
             continue
@@ -115,4 +125,7 @@ def run_in_turns(
         outcome = attempt(place, chosen, max_tokens)
         if outcome is not None:
             records[place].add(outcome[0], chosen, outcome[1])
+    for record in records:
+        if not record.seconds:
+            failed.setdefault(record.name, f"had no turn within {minutes:g} minutes")
     return [record for record in records if record.name not in failed], failed

@@ -27,7 +27,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.compare import DOMAINS, load_family, read_prompts
+from benchmarks.compare import DOMAINS, load_family
 from benchmarks.comparison_report import Row, means_over_domains, rows_of, table
 from benchmarks.comparison_turns import run_in_turns
 from benchmarks.gpu_passes import (
@@ -40,6 +40,7 @@ from benchmarks.gpu_passes import (
 )
 from benchmarks.own_engine import KINDS, Family, OwnEngine, own_contestants, own_name
 from benchmarks.peers.interface import Prompt
+from benchmarks.prompts import read_prompts
 from eda.backends.choice import GraphChoice
 from eda.backends.recorded.replay import CudaGraphBackend, GraphCache, Recorder, RerunBackend
 from eda.decoder import SpeculativeDecoder
@@ -47,6 +48,7 @@ from eda.models.draft import DraftConfig, DraftModel
 from eda.models.fine_tune import FineTune
 from eda.models.private import PrivateModule
 from eda.models.target import TargetModel, default_tap_layers
+from eda.server.bundled_prompts import PROMPTS_DIRECTORY
 from eda.server.engine.speculation import SpeculationTable
 from eda.server.model_paths import model_paths
 from eda.server.settings import ConfigurationError, load_settings
@@ -253,7 +255,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--repeats", type=int, default=20, help="measurements of each pass; the median counts [20]")
     add("--graphs", action=argparse.BooleanOptionalAction, default=True, help="replay CUDA graphs too [on]")
     add("--models", type=Path, help="trained family for acceptance [the bundled one]")
-    add("--prompts", type=Path, default=Path(__file__).parent / "prompts")
+    add("--prompts", type=Path, default=PROMPTS_DIRECTORY)
     add("--num-prompts", type=int, default=8, help="prompts of each domain [8]")
     add("--tokens", type=int, default=256, help="tokens generated for each prompt [256]")
     add("--json", type=Path, help="write the figures to this file")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,46 @@ def gguf_name(name: str) -> str:
     raise ValueError(f"{name} has no place in a Llama of GGUF")
 
 
+@dataclass(frozen=True, slots=True)
+class GgufSizes:
+    """What a Llama's GGUF says of its shape."""
+
+    context_length: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    rms_norm_eps: float
+    vocab_size: int
+
+
+def add_sizes(writer: Any, sizes: GgufSizes) -> None:
+    """Writes ``sizes`` into the metadata of a ``GGUFWriter``."""
+    writer.add_context_length(sizes.context_length)
+    writer.add_embedding_length(sizes.hidden_size)
+    writer.add_block_count(sizes.num_layers)
+    writer.add_feed_forward_length(sizes.intermediate_size)
+    writer.add_head_count(sizes.num_heads)
+    writer.add_head_count_kv(sizes.num_kv_heads)
+    writer.add_key_length(sizes.head_dim)
+    writer.add_value_length(sizes.head_dim)
+    writer.add_rope_dimension_count(sizes.head_dim)
+    writer.add_rope_freq_base(sizes.rope_theta)
+    writer.add_layer_norm_rms_eps(sizes.rms_norm_eps)
+    writer.add_vocab_size(sizes.vocab_size)
+
+
+def finish(writer: Any) -> None:
+    """Writes everything that a ``GGUFWriter`` was given to its file."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def write_gguf(checkpoint: Path, destination: Path, kind: str) -> Path:
     """Writes ``checkpoint`` (a plain Llama with tokenizer.json) to ``destination`` unless it is there.
 
@@ -78,20 +119,21 @@ def write_gguf(checkpoint: Path, destination: Path, kind: str) -> Path:
     kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
 
+    sizes = GgufSizes(
+        context_length=config["max_position_embeddings"],
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rope_theta=float(rope["rope_theta"]),
+        rms_norm_eps=config["rms_norm_eps"],
+        vocab_size=config["vocab_size"],
+    )
     unfinished = destination.with_suffix(".unfinished")
     writer = gguf.GGUFWriter(unfinished, "llama")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(float(rope["rope_theta"]))
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(config["vocab_size"])
+    add_sizes(writer, sizes)
     writer.add_file_type(
         {"F32": gguf.LlamaFileType.ALL_F32, "BF16": gguf.LlamaFileType.MOSTLY_BF16}.get(
             kind, gguf.LlamaFileType.MOSTLY_Q8_0
@@ -111,10 +153,7 @@ def write_gguf(checkpoint: Path, destination: Path, kind: str) -> Path:
         type_here = matrix_type if values.ndim == 2 else gguf.GGMLQuantizationType.F32
         stored = gguf.quants.quantize(np.ascontiguousarray(values), type_here)
         writer.add_tensor(gguf_name(name), stored, raw_dtype=type_here)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     unfinished.rename(destination)
     return destination
 

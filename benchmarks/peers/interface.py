@@ -75,6 +75,20 @@ class Peer:
 
     name: str
     build: Callable[[PeerModel], Complete]
+    concurrency: int = 1
+
+
+def build_peers(peers: Sequence[Peer], model: PeerModel) -> tuple[list[Contestant], dict[str, str]]:
+    """The peers that can take part, and the reasons of the others."""
+    contestants, missing = [], {}
+    for peer in peers:
+        try:
+            contestants.append(Contestant(peer.name, peer.build(model), peer.concurrency))
+        except MissingPeerError as error:
+            missing[peer.name] = str(error)
+        except Exception as error:  # whatever a peer's library raises, the others shall still be measured
+            missing[peer.name] = f"could not be set up: {first_line(error)}"
+    return contestants, missing
 
 
 def require(module: str, package: str) -> ModuleType:

@@ -1,33 +1,49 @@
 """llama.cpp through llama-cpp-python.
 
-Three ways to drive it: its C interface in a loop (the least Python around the library, so the hardest to beat), the
-package's own ``Llama.generate``, which its users call, and that with ``LlamaPromptLookupDecoding``.
+Its C interface in a loop has the least Python around the library, so it is the hardest to beat; several sequences at a
+time go through the same. Beside that the package's own ``Llama.generate``, which its users call, plain and with
+``LlamaPromptLookupDecoding``.
 """
 
-import ctypes
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.peers.gguf_file import write_gguf
-from benchmarks.peers.interface import Complete, Completion, Peer, PeerModel, one_by_one, require
+from benchmarks.peers.interface import (
+    Complete,
+    Completion,
+    Peer,
+    PeerModel,
+    Prompt,
+    one_by_one,
+    require,
+)
+from benchmarks.peers.llama_context import PACKAGE, LlamaContext, library
+from benchmarks.peers.quantised_gguf import quantise
 from benchmarks.peers.transformers_peer import LOOKUP_TOKENS
 
-PACKAGE = "llama-cpp-python"
+THE_FILE = "llama.cpp, the file"
+"""The table's name of a target that is a GGUF file, as llama.cpp runs it."""
 
 
-def _gguf(model: PeerModel, kind: str) -> Path:
+def gguf_of(model: PeerModel, kind: str) -> Path:
+    """The model's GGUF in ``kind``; written when it is asked for the first time. Raises ``MissingPeerError``."""
     # bfloat16 is what the comparison is about; a run in float32 asks for the same digits as the others have.
-    if kind == "BF16" and model.dtype == torch.float32:
-        kind = "F32"
-    return write_gguf(model.plain, model.work / f"{kind.lower()}.gguf", kind)
+    library()
+    floats = "F32" if model.dtype == torch.float32 else "BF16"
+    plain = write_gguf(model.plain, model.work / f"{floats.lower()}.gguf", floats)
+    if kind == "BF16":
+        return plain
+    return quantise(plain, model.work / f"{kind.lower()}.gguf", kind, model.threads)
 
 
-def _load(llama_cpp: Any, model: PeerModel, kind: str, **options: Any) -> Any:
-    return llama_cpp.Llama(
-        str(_gguf(model, kind)),
+def _load(model: PeerModel, kind: str, **options: Any) -> Any:
+    return library().Llama(
+        str(gguf_of(model, kind)),
         n_ctx=model.max_length,
         n_threads=model.threads,
         n_threads_batch=model.threads,
@@ -36,41 +52,35 @@ def _load(llama_cpp: Any, model: PeerModel, kind: str, **options: Any) -> Any:
     )
 
 
-def _c_interface(model: PeerModel, kind: str) -> Complete:
-    llama_cpp = require("llama_cpp", PACKAGE)
-    llama = _load(llama_cpp, model, kind)
-    context = llama.ctx
-    sampler = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
-    llama_cpp.llama_sampler_chain_add(sampler, llama_cpp.llama_sampler_init_greedy())
+def _c_interface(model: PeerModel, path: Path, sequences: int = 1) -> Complete:
+    """``sequences`` prompts at a time, a token of each in every pass.
 
-    def decode(tokens: list[int]) -> int:
-        values = (ctypes.c_int32 * len(tokens))(*tokens)
-        if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(values, len(tokens))):
-            raise RuntimeError("llama_decode failed")
-        return int(llama_cpp.llama_sampler_sample(sampler, context, -1))
+    That is what its server does with as many slots that are all busy, without HTTP and scheduling.
+    """
+    llama = LlamaContext(path, threads=model.threads, max_length=model.max_length, sequences=sequences)
 
-    def complete(prompt: list[int], max_tokens: int) -> Completion:
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-        size = llama.n_batch
-        for start in range(0, len(prompt), size):
-            token = decode(prompt[start : start + size])
-        tokens = [token]
-        while len(tokens) < max_tokens:
-            tokens.append(decode(tokens[-1:]))
-        return Completion(tokens, max_tokens - 1, max_tokens - 1)
+    def run(prompts: Sequence[Prompt], max_tokens: int) -> list[Completion]:
+        llama.forget()
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+        latest = llama.read([prompt.token_ids for prompt in prompts])
+        texts = [[token] for token in latest]
+        for done in range(max_tokens - 1):
+            latest = llama.step(latest, [length + done for length in lengths])
+            for text, token in zip(texts, latest, strict=True):
+                text.append(token)
+        return [Completion(text, max_tokens - 1, max_tokens - 1) for text in texts]
 
-    return one_by_one(complete)
+    return run
 
 
 def _generate(model: PeerModel, kind: str, *, lookup: bool) -> Complete:
-    llama_cpp = require("llama_cpp", PACKAGE)
     options: dict[str, Any] = {}
     if lookup:
         speculative = require("llama_cpp.llama_speculative", PACKAGE)
         options["draft_model"] = speculative.LlamaPromptLookupDecoding(
             max_ngram_size=3, num_pred_tokens=LOOKUP_TOKENS
         )
-    llama = _load(llama_cpp, model, kind, **options)
+    llama = _load(model, kind, **options)
     evaluate = llama.eval
     passes = [0]
 
@@ -91,30 +101,43 @@ def _generate(model: PeerModel, kind: str, *, lookup: bool) -> Complete:
     return one_by_one(complete)
 
 
-def _bfloat16(model: PeerModel) -> Complete:
-    return _c_interface(model, "BF16")
+def _lookup(kind: str) -> Peer:
+    return Peer(
+        f"llama-cpp-python {kind.lower()} prompt lookup", lambda model: _generate(model, kind, lookup=True)
+    )
 
 
-def _q8(model: PeerModel) -> Complete:
-    return _c_interface(model, "Q8_0")
+def at_once(name: str, sequences: int) -> str:
+    """The table's name of a row with several sequences at a time."""
+    return name if sequences == 1 else f"{name} x{sequences}"
 
 
-def _bfloat16_generate(model: PeerModel) -> Complete:
-    return _generate(model, "BF16", lookup=False)
+def file_peer(path: Path, sequences: int = 1) -> Peer:
+    """A GGUF file as it is."""
+    return Peer(at_once(THE_FILE, sequences), lambda model: _c_interface(model, path, sequences), sequences)
 
 
-def _bfloat16_lookup(model: PeerModel) -> Complete:
-    return _generate(model, "BF16", lookup=True)
-
-
-def _q8_lookup(model: PeerModel) -> Complete:
-    return _generate(model, "Q8_0", lookup=True)
+def plain_peer(kind: str, sequences: int = 1) -> Peer:
+    """Plain decoding in one kind."""
+    return Peer(
+        at_once(f"llama.cpp {kind.lower()}", sequences),
+        lambda model: _c_interface(model, gguf_of(model, kind), sequences),
+        sequences,
+    )
 
 
 PEERS = (
-    Peer("llama.cpp bf16", _bfloat16),
-    Peer("llama.cpp q8_0", _q8),
-    Peer("llama-cpp-python bf16", _bfloat16_generate),
-    Peer("llama-cpp-python bf16 prompt lookup", _bfloat16_lookup),
-    Peer("llama-cpp-python q8_0 prompt lookup", _q8_lookup),
+    plain_peer("BF16"),
+    plain_peer("Q8_0"),
+    Peer("llama-cpp-python bf16", lambda model: _generate(model, "BF16", lookup=False)),
+    _lookup("BF16"),
+    _lookup("Q8_0"),
+)
+QUANTISED_PEERS = (
+    plain_peer("BF16"),
+    plain_peer("Q8_0"),
+    plain_peer("Q4_0"),
+    plain_peer("Q4_K_M"),
+    _lookup("Q8_0"),
+    _lookup("Q4_0"),
 )

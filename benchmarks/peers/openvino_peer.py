@@ -1,4 +1,4 @@
-"""OpenVINO GenAI, plain and with its prompt lookup.
+"""OpenVINO GenAI, plain and with its prompt lookup, in 16, 8 and 4 bits.
 
 Its models are exported by optimum-intel, which wants an older transformers than this project. Where it is not
 installed beside the project, ``--openvino-exporter`` names the Python of an environment that has it.
@@ -30,8 +30,8 @@ EXPORT_TIMEOUT = 1800
 """Seconds."""
 
 
-def _export(model: PeerModel) -> Path:
-    destination = model.work / "openvino"
+def _export(model: PeerModel, weights: str | None) -> Path:
+    destination = model.work / (f"openvino-{weights}" if weights else "openvino")
     if (destination / "openvino_model.xml").exists():
         return destination
     python = model.openvino_exporter or sys.executable
@@ -47,7 +47,9 @@ def _export(model: PeerModel) -> Path:
         "from optimum.commands.optimum_cli import main; main()",
         *("export", "openvino", "--model", str(model.plain.resolve()), "--task", "text-generation-with-past"),
         # OpenVINO keeps matrices as float16 and computes in bfloat16 where the CPU has it; fp32 keeps all digits.
-        *("--weight-format", "fp32" if model.dtype == torch.float32 else "fp16"),
+        *("--weight-format", weights or ("fp32" if model.dtype == torch.float32 else "fp16")),
+        # Its usual groups of 128 do not divide the widths of small models.
+        *(("--group-size", "64") if weights == "int4" else ()),
         str(unfinished.resolve()),
     ]
     environment = {
@@ -67,11 +69,11 @@ def _export(model: PeerModel) -> Path:
     return destination
 
 
-def _build(model: PeerModel, **options: Any) -> Complete:
+def _build(model: PeerModel, weights: str | None = None, **options: Any) -> Complete:
     genai = require("openvino_genai", "openvino-genai")
     openvino = require("openvino", "openvino")
     pipeline = genai.LLMPipeline(
-        str(_export(model)),
+        str(_export(model, weights)),
         "CPU",
         INFERENCE_NUM_THREADS=model.threads,
         INFERENCE_PRECISION_HINT="f32" if model.dtype == torch.float32 else "bf16",
@@ -102,4 +104,22 @@ def _prompt_lookup(model: PeerModel) -> Complete:
     return _build(model, prompt_lookup=True)
 
 
+def _int8(model: PeerModel) -> Complete:
+    return _build(model, "int8")
+
+
+def _int4(model: PeerModel) -> Complete:
+    return _build(model, "int4")
+
+
+def _int8_lookup(model: PeerModel) -> Complete:
+    return _build(model, "int8", prompt_lookup=True)
+
+
 PEERS = (Peer("OpenVINO GenAI", _plain), Peer("OpenVINO GenAI prompt lookup", _prompt_lookup))
+QUANTISED_PEERS = (
+    Peer("OpenVINO GenAI int8", _int8),
+    Peer("OpenVINO GenAI int4", _int4),
+    Peer("OpenVINO GenAI int8 prompt lookup", _int8_lookup),
+)
+"""As optimum-intel quantises by default, but for the size of a group in 4 bits."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.peers.interface import MissingPeerError
 
@@ -36,6 +36,23 @@ def write_plain_checkpoint(base: Path, fine_tune: Path, destination: Path) -> Pa
     for name in TOKENIZER_FILES:
         if (base / name).exists():
             shutil.copy(base / name, unfinished / name)
+    unfinished.rename(destination)
+    return destination
+
+
+def write_plain_from_gguf(path: Path, destination: Path) -> Path:
+    """Writes what a GGUF file's values are in bfloat16, read by transformers, unless ``destination`` is there."""
+    if (destination / "config.json").exists():
+        return destination
+    unfinished = destination.with_name(destination.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
+    # Nothing is quantised any more, but transformers goes by where the weights came from.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(unfinished)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(unfinished)
     unfinished.rename(destination)
     return destination
 

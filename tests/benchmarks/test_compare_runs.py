@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import compare
 from benchmarks.peers import transformers_peer
+from benchmarks.peers.interface import MissingPeerError
 from tests.benchmarks.conftest import FamilyOnDisk
 
 
@@ -47,12 +48,13 @@ def _only_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
         if peer.name in ("llama.cpp bf16", "OpenVINO GenAI", "CTranslate2 int8")
     ]
     monkeypatch.setattr(compare, "PEERS", (*transformers_peer.PEERS, *absent))
-    for module in (compare.llama_cpp_peer, compare.openvino_peer, compare.ctranslate2_peer):
+    for module in (compare.openvino_peer, compare.ctranslate2_peer):
         monkeypatch.setattr(module, "require", _refuse)
+    monkeypatch.setattr(compare.llama_cpp_peer, "library", lambda: _refuse("llama_cpp", "llama-cpp-python"))
 
 
 def _refuse(module: str, package: str) -> None:
-    raise compare.MissingPeerError(f"{package} is not installed")
+    raise MissingPeerError(f"{package} is not installed")
 
 
 def test_a_run_without_peers_names_them_and_measures_the_rest(

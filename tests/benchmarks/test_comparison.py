@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.compare import build_peers
 from benchmarks.comparison_report import (
     LLAMA_CPP,
     MIXED,
@@ -30,6 +29,7 @@ from benchmarks.peers.interface import (
     Peer,
     PeerModel,
     Prompt,
+    build_peers,
     require,
 )
 from eda.server.engine.speculation import SpeculationLevel, SpeculationTable
