@@ -18,6 +18,7 @@ from eda.backends.cpu.library import instruction_set, kernels
 from eda.backends.cpu.target import TargetKernel
 from eda.backends.cpu.weights import WEIGHT_FORMATS, WeightFormat
 from eda.formats.config import ModelConfig, RopeConfig
+from eda.models.answers import Need
 from eda.models.attention import AttentionRow, PackedBatch
 from eda.models.cache import KVCache
 from eda.models.layers import DecoderLayer
@@ -79,7 +80,7 @@ def pass_over(kernel: TargetKernel, config: ModelConfig, rows: int, context: int
     angles = torch.rand(rows, config.head_dim)
     cos, sin = angles.cos(), angles.sin()
     return lambda: kernel.run(
-        embedded, batch, cos, sin, cache, (), None, list(range(rows)), with_logits=False
+        embedded, batch, cos, sin, cache, (), None, list(range(rows)), need=Need.LIKELIEST
     )
 
 
