@@ -64,8 +64,10 @@ inline void multiply_rounded(const Term& term, int row, int count, int block, fl
   const Group* rows = term.rows.from(row).groups;
   if (weight.format == INT8)
     multiply_integers<Bytes>(rows, stride, count, data + first * GROUP, groups, scales, nullptr, sums);
+  else if (minimums)
+    multiply_integers<Nibbles<true>>(rows, stride, count, data + first * GROUP / 2, groups, scales, minimums, sums);
   else
-    multiply_integers<Nibbles>(rows, stride, count, data + first * GROUP / 2, groups, scales, minimums, sums);
+    multiply_integers<Nibbles<false>>(rows, stride, count, data + first * GROUP / 2, groups, scales, nullptr, sums);
 }
 
 // Rows `start` to `end` of the terms' sum, for one block of outputs; `finish(row, block, sums[TILES])` takes each row.
