@@ -3,6 +3,8 @@
 // In a block, pairs of inputs follow one another; in each pair the outputs' two values stand side by side.
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace {
@@ -13,6 +15,26 @@ constexpr int BLOCK_TILES = 4, BLOCK = WIDTH * BLOCK_TILES;  // vectors and outp
 inline void keep_in_place() { asm volatile("" ::: "memory"); }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// Calls `take(tile, row)` for tiles of a few rows that make up `count`: `tile` is their number as a constant.
+template <class Take>
+inline void for_tiles(int count, const Take& take) {
+  // Seven rows still fit the registers, but only pay where they save a second tile.
+  const int tiles = count == 7 ? 1 : (count + 5) / 6;
+  for (int tile = 0, row = 0; tile < tiles; ++tile) {
+    const int rows = (count - row + (tiles - tile) - 1) / (tiles - tile);
+    switch (rows) {
+      case 1: take(std::integral_constant<int, 1>(), row); break;
+      case 2: take(std::integral_constant<int, 2>(), row); break;
+      case 3: take(std::integral_constant<int, 3>(), row); break;
+      case 4: take(std::integral_constant<int, 4>(), row); break;
+      case 5: take(std::integral_constant<int, 5>(), row); break;
+      case 6: take(std::integral_constant<int, 6>(), row); break;
+      default: take(std::integral_constant<int, 7>(), row); break;
+    }
+    row += rows;
+  }
+}
 
 #if EDA_BF16_PRODUCTS
 

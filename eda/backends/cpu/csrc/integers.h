@@ -13,7 +13,7 @@
 namespace {
 
 constexpr int GROUP = 32;
-constexpr int PREFETCHED = 16384;  // bytes of weights that are fetched ahead: what six rows take longer for than memory does
+constexpr int FETCHED_AHEAD = 8192;  // bytes of weights
 
 inline int64_t num_groups(int64_t width) { return (width + GROUP - 1) / GROUP; }
 
@@ -23,8 +23,8 @@ struct Group {
 #if !EDA_BYTE_PRODUCTS && !EDA_SIGNED_BYTE_PRODUCTS
   int16_t even_odd[GROUP];  // of each four: the even ones, then the odd ones
 #endif
-  float scale;
-  int32_t sum;  // of the steps
+  float scale, scaled_sum;             // `scaled_sum`: of the steps, times the scale
+  int32_t bytes_middle, nibbles_middle;  // what weights' middles add to sums too much, negative
 };
 
 // `count` inputs (up to 32; zeros follow) to a group.
@@ -45,7 +45,9 @@ inline void quantise(const Input* x, int count, Group& group) {
     EDA_EACH_PART Machine::to_int8(group.steps + half * WIDTH + i * Machine::LANES, parts[half].part[i]);
   int32_t total = 0;
   for (int i = 0; i < GROUP; ++i) total += group.steps[i];
-  group.sum = total;
+  group.scaled_sum = group.scale * float(total);
+  group.bytes_middle = -128 * total;
+  group.nibbles_middle = -8 * total;
 #if !EDA_BYTE_PRODUCTS && !EDA_SIGNED_BYTE_PRODUCTS
   for (int i = 0; i < GROUP; i += 4)
     for (int j = 0; j < 4; ++j) group.even_odd[i + (j & 1) * 2 + j / 2] = group.steps[i + j];
@@ -63,47 +65,46 @@ inline Machine::Ints splat_four(const T* p) {
   return Machine::splat_int(four);
 }
 
-// One register of weights, each lane an output; `Sum` is what their products with a group's inputs add up in.
+// How weights of a step become what is multiplied, in `PIECES` that each have inputs of their own; `add` adds a piece's
+// products to the sums of a register of outputs.
 #if EDA_BYTE_PRODUCTS || EDA_SIGNED_BYTE_PRODUCTS
 
 struct Bytes {
-  static constexpr int STEPS = 8, MIDDLE = 128, REGISTERS = 1;
-  using Weight = Machine::Ints;
-  using Sum = Machine::Ints;
-  static Weight load(const uint8_t* p) {
+  static constexpr int STEPS = 8, PIECES = 1;
+  static constexpr bool HAS_MINIMUMS = false;
+  static Machine::Ints weights(const uint8_t* p, int) {
 #if EDA_SIGNED_BYTE_PRODUCTS
     return veorq_s32(Machine::load_ints(p), Machine::splat_int(int(0x80808080)));
 #else
     return Machine::load_ints(p);
 #endif
   }
+  static const int8_t* inputs(const Group& group, int step, int) { return group.steps + 4 * step; }
 #if EDA_SIGNED_BYTE_PRODUCTS
-  static Sum start(int32_t) { return Machine::splat_int(0); }
+  static Machine::Ints start(const Group&) { return Machine::splat_int(0); }
 #else
-  static Sum start(int32_t sum) { return Machine::splat_int(-MIDDLE * sum); }
+  static Machine::Ints start(const Group& group) { return Machine::splat_int(group.bytes_middle); }
 #endif
-  static Sum step(Sum sum, const Weight& weight, const Group& group, int step) {
-    return Machine::dot_bytes(sum, weight, splat_four(group.steps + 4 * step));
+  static Machine::Ints add(Machine::Ints sum, Machine::Ints weights, Machine::Ints inputs) {
+    return Machine::dot_bytes(sum, weights, inputs);
   }
-  static Machine::Ints done(Sum sum, int32_t) { return sum; }
+  static Machine::Ints done(Machine::Ints sum, const Group&) { return sum; }
 };
 
+template <bool MINIMUMS>
 struct Nibbles {
-  static constexpr int STEPS = 4, MIDDLE = 8, REGISTERS = 2;
-  struct Weight {
-    Machine::Ints low, high;
-  };
-  using Sum = Machine::Ints;
-  static Weight load(const uint8_t* p) {
+  static constexpr int STEPS = 4, PIECES = 2;
+  static constexpr bool HAS_MINIMUMS = MINIMUMS;
+  static Machine::Ints weights(const uint8_t* p, int piece) {
     const Machine::Ints both = Machine::load_ints(p);
-    return {Machine::low_nibbles(both), Machine::high_nibbles(both)};
+    return piece ? Machine::high_nibbles(both) : Machine::low_nibbles(both);
   }
-  static Sum start(int32_t sum) { return Machine::splat_int(-MIDDLE * sum); }
-  static Sum step(Sum sum, const Weight& weight, const Group& group, int step) {
-    sum = Machine::dot_bytes(sum, weight.low, splat_four(group.steps + 4 * step));
-    return Machine::dot_bytes(sum, weight.high, splat_four(group.steps + 16 + 4 * step));
+  static const int8_t* inputs(const Group& group, int step, int piece) { return group.steps + 16 * piece + 4 * step; }
+  static Machine::Ints start(const Group& group) { return Machine::splat_int(MINIMUMS ? 0 : group.nibbles_middle); }
+  static Machine::Ints add(Machine::Ints sum, Machine::Ints weights, Machine::Ints inputs) {
+    return Machine::dot_bytes(sum, weights, inputs);
   }
-  static Machine::Ints done(Sum sum, int32_t) { return sum; }
+  static Machine::Ints done(Machine::Ints sum, const Group&) { return sum; }
 };
 
 #else
@@ -116,101 +117,101 @@ inline Machine::Ints in_order(Machine::Ints sum) {
 
 // Without products of bytes 8 bits are widened to 16: those of two unsigned and signed bytes together would not fit 16.
 struct Bytes {
-  static constexpr int STEPS = 8, MIDDLE = 128, REGISTERS = 2;
-  struct Weight {
-    Machine::Ints even, odd;
-  };
-  using Sum = Machine::Ints;
-  static Weight load(const uint8_t* p) {
+  static constexpr int STEPS = 8, PIECES = 2;
+  static constexpr bool HAS_MINIMUMS = false;
+  static Machine::Ints weights(const uint8_t* p, int piece) {
     const Machine::Ints four = Machine::load_ints(p);
-    return {Machine::even_bytes(four), Machine::odd_bytes(four)};
+    return piece ? Machine::odd_bytes(four) : Machine::even_bytes(four);
   }
-  static Sum start(int32_t sum) { return Machine::splat_int(-MIDDLE * sum); }
-  static Sum step(Sum sum, const Weight& weight, const Group& group, int step) {
-    const Machine::Ints even = Machine::dot_shorts(weight.even, splat_four(group.even_odd + 4 * step));
-    const Machine::Ints odd = Machine::dot_shorts(weight.odd, splat_four(group.even_odd + 4 * step + 2));
-    return in_order(Machine::add_ints(sum, Machine::add_ints(even, odd)));
+  static const int16_t* inputs(const Group& group, int step, int piece) { return group.even_odd + 4 * step + 2 * piece; }
+  static Machine::Ints start(const Group& group) { return Machine::splat_int(group.bytes_middle); }
+  static Machine::Ints add(Machine::Ints sum, Machine::Ints weights, Machine::Ints inputs) {
+    return in_order(Machine::add_ints(sum, Machine::dot_shorts(weights, inputs)));
   }
-  static Machine::Ints done(Sum sum, int32_t) { return sum; }
+  static Machine::Ints done(Machine::Ints sum, const Group&) { return sum; }
 };
 
 // With 4 bits a whole group's pairs fit 16: 8 * 2 * 15 * 127 = 30480.
+template <bool MINIMUMS>
 struct Nibbles {
-  static constexpr int STEPS = 4, MIDDLE = 8, REGISTERS = 2;
-  struct Weight {
-    Machine::Ints low, high;
-  };
-  using Sum = Machine::Ints;
-  static Weight load(const uint8_t* p) {
+  static constexpr int STEPS = 4, PIECES = 2;
+  static constexpr bool HAS_MINIMUMS = MINIMUMS;
+  static Machine::Ints weights(const uint8_t* p, int piece) {
     const Machine::Ints both = Machine::load_ints(p);
-    return {Machine::low_nibbles(both), Machine::high_nibbles(both)};
+    return piece ? Machine::high_nibbles(both) : Machine::low_nibbles(both);
   }
-  static Sum start(int32_t) { return Machine::splat_int(0); }
-  static Sum step(Sum sum, const Weight& weight, const Group& group, int step) {
-    sum = Machine::add_shorts(sum, Machine::pair_bytes(weight.low, splat_four(group.steps + 4 * step)));
-    return in_order(Machine::add_shorts(sum, Machine::pair_bytes(weight.high, splat_four(group.steps + 16 + 4 * step))));
+  static const int8_t* inputs(const Group& group, int step, int piece) { return group.steps + 16 * piece + 4 * step; }
+  static Machine::Ints start(const Group&) { return Machine::splat_int(0); }
+  static Machine::Ints add(Machine::Ints sum, Machine::Ints weights, Machine::Ints inputs) {
+    return in_order(Machine::add_shorts(sum, Machine::pair_bytes(weights, inputs)));
   }
-  static Machine::Ints done(Sum sum, int32_t middle) {
-    return Machine::add_ints(Machine::dot_shorts(sum, Machine::splat_int(0x00010001)), Machine::splat_int(middle));
+  static Machine::Ints done(Machine::Ints sum, const Group& group) {
+    const Machine::Ints whole = Machine::dot_shorts(sum, Machine::splat_int(0x00010001));
+    return MINIMUMS ? whole : Machine::add_ints(whole, Machine::splat_int(group.nibbles_middle));
   }
 };
 
 #endif
 
-// `sum` of `ROWS` rows of groups (`stride` apart) times one block of a weight of `Kind`.
+// Adds to `sums [ROWS, BLOCK]` the products of one group of `ROWS` rows (groups `stride` apart) and of a block of outputs.
 template <class Kind, int ROWS>
-inline void multiply_integers(const Group* rows, int64_t stride, const uint8_t* data, int groups, const uint16_t* scales,
-                              const uint16_t* minimums, Floats (&sum)[ROWS][BLOCK_TILES]) {
+inline void multiply_group(const Group* rows, int64_t stride, const uint8_t* data, const uint16_t* scales,
+                           const uint16_t* minimums, float* sums) {
   constexpr int LANES = Machine::LANES, BYTES = BLOCK * 4;  // of a step
-  // As many registers of outputs at once as leave room for their weights and one input.
-  constexpr int FIT = (Machine::REGISTERS - 2) / (ROWS + Kind::REGISTERS), MOST = BLOCK / LANES;
-  constexpr int AT_ONCE = FIT >= 8 && MOST >= 8 ? 8 : FIT >= 4 ? 4 : FIT >= 2 ? 2 : 1;
-  const bool has_minimums = Kind::MIDDLE == Nibbles::MIDDLE && minimums;  // known of bytes when this is compiled
-  alignas(64) float all[ROWS][BLOCK] = {};
-  for (int g = 0; g < groups; ++g, data += Kind::STEPS * BYTES, scales += BLOCK) {
-    prefetch(scales + 2 * BLOCK);
-    prefetch(scales + 2 * BLOCK + 32);
-    for (int part = 0; part < MOST; part += AT_ONCE) {
-      keep_in_place();
-      typename Kind::Sum sums[ROWS][AT_ONCE];
-      for (int r = 0; r < ROWS; ++r) {
-        const auto start = Kind::start(has_minimums ? 0 : rows[r * stride + g].sum);
-        for (int i = 0; i < AT_ONCE; ++i) sums[r][i] = start;
-      }
+  // As many registers of outputs at once as leave room for their weights, one input and one product. With more than 12
+  // vectors of sums the floats of one part would wait longer for its last products than the next part's can fill.
+  constexpr int FIT = std::min((Machine::REGISTERS - 2) / (ROWS + 1), 12 * PARTS / ROWS), MOST = BLOCK / LANES;
+  constexpr int AT_ONCE = FIT >= 4 ? 4 : FIT >= 2 ? 2 : 1;
+  for (int part = 0; part < MOST; part += AT_ONCE) {
+    keep_in_place();
+    Machine::Ints own[ROWS][AT_ONCE];
+    for (int r = 0; r < ROWS; ++r)
+      for (int i = 0; i < AT_ONCE; ++i) own[r][i] = Kind::start(rows[r * stride]);
 #pragma GCC unroll 8
-      for (int step = 0; step < Kind::STEPS; ++step) {
-        const uint8_t* weights = data + step * BYTES + part * LANES * 4;
-        typename Kind::Weight own[AT_ONCE];
-        for (int i = 0; i < AT_ONCE; ++i) own[i] = Kind::load(weights + i * LANES * 4);
-        for (int line = 0; line < AT_ONCE * LANES * 4; line += 64) prefetch(weights + PREFETCHED + line);
-        for (int r = 0; r < ROWS; ++r)
-          for (int i = 0; i < AT_ONCE; ++i) sums[r][i] = Kind::step(sums[r][i], own[i], rows[r * stride + g], step);
-      }
-      for (int i = 0; i < AT_ONCE; ++i) {
-        const int place = (part + i) * LANES;
-        const Machine::Floats scale = Machine::from_half(scales + place);
+    for (int step = 0; step < Kind::STEPS; ++step)
+#pragma GCC unroll 2
+      for (int piece = 0; piece < Kind::PIECES; ++piece) {
+        Machine::Ints weights[AT_ONCE];
+        for (int i = 0; i < AT_ONCE; ++i) weights[i] = Kind::weights(data + step * BYTES + (part + i) * LANES * 4, piece);
         for (int r = 0; r < ROWS; ++r) {
-          const Group& given = rows[r * stride + g];
-          const Machine::Floats products =
-              Machine::from_ints(Kind::done(sums[r][i], has_minimums ? 0 : -Kind::MIDDLE * given.sum));
-          float* at = all[r] + place;
-          Machine::store(at, Machine::fma(products, Machine::mul(scale, Machine::splat(given.scale)), Machine::load(at)));
+          const Machine::Ints inputs = splat_four(Kind::inputs(rows[r * stride], step, piece));
+          for (int i = 0; i < AT_ONCE; ++i) own[r][i] = Kind::add(own[r][i], weights[i], inputs);
         }
       }
-    }
-    if (!has_minimums) continue;
-    for (int place = 0; place < BLOCK; place += LANES) {
-      const Machine::Floats minimum = Machine::from_half(minimums + place);
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int place = (part + i) * LANES;
+      const Machine::Floats scale = Machine::from_half(scales + place);
+      const Machine::Floats minimum = Kind::HAS_MINIMUMS ? Machine::from_half(minimums + place) : scale;
       for (int r = 0; r < ROWS; ++r) {
-        const Group& given = rows[r * stride + g];
-        float* at = all[r] + place;
-        Machine::store(at, Machine::fma(minimum, Machine::splat(given.scale * float(given.sum)), Machine::load(at)));
+        const Group& given = rows[r * stride];
+        const Machine::Floats products = Machine::from_ints(Kind::done(own[r][i], given));
+        float* at = sums + r * BLOCK + place;
+        Machine::Floats sum = Machine::fma(products, Machine::mul(scale, Machine::splat(given.scale)), Machine::load(at));
+        if (Kind::HAS_MINIMUMS) sum = Machine::fma(minimum, Machine::splat(given.scaled_sum), sum);
+        Machine::store(at, sum);
       }
     }
-    minimums += BLOCK;
   }
-  for (int r = 0; r < ROWS; ++r)
-    for (int t = 0; t < BLOCK_TILES; ++t) sum[r][t] = load(all[r] + WIDTH * t);
+}
+
+// `sums [count, BLOCK]` of `count` rows of groups (`stride` apart) times one block of a weight of `Kind`. All rows take
+// their products with a group before the next one, so that memory is read at one pace.
+template <class Kind>
+inline void multiply_integers(const Group* rows, int64_t stride, int count, const uint8_t* data, int groups,
+                              const uint16_t* scales, const uint16_t* minimums, float* sums) {
+  constexpr int BYTES = Kind::STEPS * BLOCK * 4;  // of a group
+  std::memset(sums, 0, sizeof(float) * BLOCK * count);
+  for (int g = 0; g < groups; ++g, ++rows, data += BYTES, scales += BLOCK) {
+    // Bunches in order are what processors fetch fastest.
+    for (int line = 0; line < BYTES; line += 64) prefetch(data + FETCHED_AHEAD + line);
+    for (int line = 0; line < BLOCK; line += 32) prefetch(scales + FETCHED_AHEAD / BYTES * BLOCK + line);
+    if (Kind::HAS_MINIMUMS)
+      for (int line = 0; line < BLOCK; line += 32) prefetch(minimums + FETCHED_AHEAD / BYTES * BLOCK + line);
+    for_tiles(count, [&](auto tile, int row) {
+      multiply_group<Kind, decltype(tile)::value>(rows + row * stride, stride, data, scales, minimums, sums + row * BLOCK);
+    });
+    if (Kind::HAS_MINIMUMS) minimums += BLOCK;
+  }
 }
 
 }  // namespace

@@ -135,7 +135,7 @@ struct Run {
     low_rank = scratch.low_rank.of(count, widest_rank(num_layers));
     score_stride = 0;
     for (int i = 0; i < t.count; ++i) score_stride = std::max<int64_t>(score_stride, t.visible[i].count());
-    score_stride = 2 * ((score_stride + 15) & ~15);
+    score_stride = 3 * ((score_stride + 15) & ~15);
     scores = scratch.scores.of(score_stride * p.size());
   }
 

@@ -10,6 +10,8 @@
 
 namespace {
 
+constexpr int ROUNDED_ROWS = 24;  // that share a reading of a block of integers
+
 enum Format : int32_t { BFLOAT16, INT8, INT4 };
 
 // A weight [n, k] in blocks of 64 outputs (one with `tiles` 1: of 16). `n` and `k` are padded with zeros to whole blocks,
@@ -37,51 +39,55 @@ struct Term {
   const Packed* weight;
 };
 
+// `begun [ROWS, BLOCK]`: what the sums begin with, where it is not null.
 template <int ROWS, int TILES, class Finish>
-inline void multiply_rows(const Term* terms, int num_terms, int row, int block, const Finish& finish) {
+inline void multiply_rows(const Term* terms, int num_terms, int row, int block, const float* begun, const Finish& finish) {
   Floats sum[ROWS][TILES];
-  for (auto& line : sum) for (auto& part : line) part = zeros();
+  for (int r = 0; r < ROWS; ++r)
+    for (int t = 0; t < TILES; ++t) sum[r][t] = begun ? load(begun + r * BLOCK + t * WIDTH) : zeros();
   for (int i = 0; i < num_terms; ++i) {
     const Packed& weight = *terms[i].weight;
     const Rows rows = terms[i].rows.from(row);
-    if constexpr (TILES == BLOCK_TILES) {
-      if (weight.format != BFLOAT16) {
-        const int groups = weight.k / GROUP;
-        const int64_t first = int64_t(block) * groups * BLOCK;
-        const uint16_t *scales = weight.scales + first, *minimums = weight.minimums ? weight.minimums + first : nullptr;
-        const uint8_t* data = static_cast<const uint8_t*>(weight.data);
-        const int64_t stride = num_groups(rows.stride);
-        if (weight.format == INT8)
-          multiply_integers<Bytes>(rows.groups, stride, data + first * GROUP, groups, scales, minimums, sum);
-        else
-          multiply_integers<Nibbles>(rows.groups, stride, data + first * GROUP / 2, groups, scales, minimums, sum);
-        continue;
-      }
-    }
     const int64_t first = int64_t(block) * (weight.k / 2) * (TILES * 32);
     multiply_bfloat16(rows.values, rows.stride, static_cast<const bf16*>(weight.data) + first, weight.k / 2, sum);
   }
   for (int r = 0; r < ROWS; ++r) finish(row + r, block, sum[r]);
 }
 
+// `sums [count, BLOCK]` of a term of integers.
+inline void multiply_rounded(const Term& term, int row, int count, int block, float* sums) {
+  const Packed& weight = *term.weight;
+  const int groups = weight.k / GROUP;
+  const int64_t first = int64_t(block) * groups * BLOCK, stride = num_groups(term.rows.stride);
+  const uint16_t *scales = weight.scales + first, *minimums = weight.minimums ? weight.minimums + first : nullptr;
+  const uint8_t* data = static_cast<const uint8_t*>(weight.data);
+  const Group* rows = term.rows.from(row).groups;
+  if (weight.format == INT8)
+    multiply_integers<Bytes>(rows, stride, count, data + first * GROUP, groups, scales, nullptr, sums);
+  else if (minimums)
+    multiply_integers<Nibbles<true>>(rows, stride, count, data + first * GROUP / 2, groups, scales, minimums, sums);
+  else
+    multiply_integers<Nibbles<false>>(rows, stride, count, data + first * GROUP / 2, groups, scales, nullptr, sums);
+}
+
 // Rows `start` to `end` of the terms' sum, for one block of outputs; `finish(row, block, sums[TILES])` takes each row.
 template <int TILES, class Finish>
 inline void multiply(const Term* terms, int num_terms, int start, int end, int block, const Finish& finish) {
-  // Seven rows still fit the registers, but only pay where they save a second tile.
-  const int count = end - start, tiles = count == 7 ? 1 : (count + 5) / 6;
-  for (int tile = 0, row = start; tile < tiles; ++tile) {
-    const int rows = (count - (row - start) + (tiles - tile) - 1) / (tiles - tile);
-    switch (rows) {
-      case 1: multiply_rows<1, TILES>(terms, num_terms, row, block, finish); break;
-      case 2: multiply_rows<2, TILES>(terms, num_terms, row, block, finish); break;
-      case 3: multiply_rows<3, TILES>(terms, num_terms, row, block, finish); break;
-      case 4: multiply_rows<4, TILES>(terms, num_terms, row, block, finish); break;
-      case 5: multiply_rows<5, TILES>(terms, num_terms, row, block, finish); break;
-      case 6: multiply_rows<6, TILES>(terms, num_terms, row, block, finish); break;
-      default: multiply_rows<7, TILES>(terms, num_terms, row, block, finish); break;
+  if constexpr (TILES == BLOCK_TILES)
+    if (terms[0].weight->format != BFLOAT16) {
+      alignas(64) float begun[ROUNDED_ROWS][BLOCK];
+      for (int first = start; first < end; first += ROUNDED_ROWS) {
+        const int count = std::min(ROUNDED_ROWS, end - first);
+        multiply_rounded(terms[0], first, count, block, begun[0]);
+        for_tiles(count, [&](auto tile, int row) {
+          multiply_rows<decltype(tile)::value, TILES>(terms + 1, num_terms - 1, first + row, block, begun[row], finish);
+        });
+      }
+      return;
     }
-    row += rows;
-  }
+  for_tiles(end - start, [&](auto tile, int row) {
+    multiply_rows<decltype(tile)::value, TILES>(terms, num_terms, start + row, block, nullptr, finish);
+  });
 }
 
 // Root-mean-square norm of `size` values (a multiple of 16) at `x`, times `weight`, as a product's input and/or float32.

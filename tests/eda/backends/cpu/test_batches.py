@@ -21,7 +21,7 @@ TOKENS = random_tokens(45, seed=1)
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two and three query heads for each key head, which the passes take in pairs."""
+    """Two and three query heads for each key head, which the passes take together or in pairs."""
     sizes = {
         "llama": {"hidden_size": 80, "head_dim": 32, "attention_bias": True, "vocab_size": 321},
         "qwen3": {
