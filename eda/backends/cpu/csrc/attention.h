@@ -74,7 +74,7 @@ template <int HALVES>
 void attend_group(int group, const bf16* queries, const bf16* keys, const bf16* values, const Visible& seen,
                   float scale, float* scores, Input* out) {
   int h = 0;
-  if (PARTS == 1 && HALVES <= 2)  // three heads' sums fit the registers
+  if constexpr (PARTS == 1 && HALVES <= 2)  // three heads' sums fit the registers
     for (; h + 3 <= group && group - h != 4; h += 3)
       attend<3, HALVES>(queries + h * 32 * HALVES, keys, values, seen, scale, scores, out + h * 32 * HALVES);
   for (; h + 2 <= group; h += 2)
