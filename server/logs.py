@@ -48,8 +48,7 @@ def configure_logs(settings: Settings) -> None:
     for earlier in [other for other in root.handlers if isinstance(other, _StandardHandler)]:
         root.removeHandler(earlier)
     root.addHandler(handler)
-    for package in ("eda", "adapters", "server"):
-        logging.getLogger(package).setLevel(level)
+    logging.getLogger("eda").setLevel(level)
 
 
 def logger() -> Any:

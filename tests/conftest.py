@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -13,3 +14,9 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _every_log_level() -> None:
+    """A server that a test started set the level of its process, which is also that of the tests after it."""
+    logging.getLogger("eda").setLevel(logging.NOTSET)
