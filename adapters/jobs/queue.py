@@ -25,7 +25,6 @@ STATES: tuple[JobState, ...] = ("queued", "running", "succeeded", "failed", "can
 FINAL_STATES: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 DEFAULT_MAX_ATTEMPTS = 3
 DEFAULT_QUEUE_LIMIT = 16
-EVENT_DATA_LIMIT = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)

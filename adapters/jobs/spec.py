@@ -17,7 +17,6 @@ TargetKind = Literal["target", "lora", "full"]
 DataKind = Literal["prompts", "self", "traffic"]
 Activation = Literal["if_better", "always", "never"]
 
-ACTIVATIONS: tuple[Activation, ...] = ("if_better", "always", "never")
 DEFAULT_MARGIN = 0.02
 """Share by which held-out acceptance length must beat what is active before ``if_better`` activates."""
 

@@ -23,7 +23,6 @@ from jinja2.utils import Namespace
 
 from eda.errors import CheckpointError, DataError
 
-Content = str | Sequence[Mapping[str, str]]
 Message = Mapping[str, Any]
 """``role`` and ``content``; content is a text or a list of ``{"type": "text", "text": ...}``."""
 

@@ -30,12 +30,6 @@ class Linear(nn.Linear):
         self.quantised = weight
         del self.weight
 
-    def dequantise(self, dtype: torch.dtype) -> None:
-        """Goes back to a plain weight, for torch's own products."""
-        if self.quantised is not None:
-            self.weight = nn.Parameter(self.quantised.dequantised().to(dtype), requires_grad=False)
-            self.quantised = None
-
     def pack(self) -> None:
         """Trades the weight for a packed one where ``packed_weight`` gives one. Not for layers that are trained
         or saved: ``weight`` is gone afterwards."""

@@ -67,6 +67,15 @@ inline Machine::Ints splat_four(const T* p) {
 
 // How weights of a step become what is multiplied, in `PIECES` that each have inputs of their own; `add` adds a piece's
 // products to the sums of a register of outputs.
+struct NibbleSteps {
+  static constexpr int STEPS = 4, PIECES = 2;
+  static Machine::Ints weights(const uint8_t* p, int piece) {
+    const Machine::Ints both = Machine::load_ints(p);
+    return piece ? Machine::high_nibbles(both) : Machine::low_nibbles(both);
+  }
+  static const int8_t* inputs(const Group& group, int step, int piece) { return group.steps + 16 * piece + 4 * step; }
+};
+
 #if EDA_BYTE_PRODUCTS || EDA_SIGNED_BYTE_PRODUCTS
 
 struct Bytes {
@@ -92,14 +101,8 @@ struct Bytes {
 };
 
 template <bool MINIMUMS>
-struct Nibbles {
-  static constexpr int STEPS = 4, PIECES = 2;
+struct Nibbles : NibbleSteps {
   static constexpr bool HAS_MINIMUMS = MINIMUMS;
-  static Machine::Ints weights(const uint8_t* p, int piece) {
-    const Machine::Ints both = Machine::load_ints(p);
-    return piece ? Machine::high_nibbles(both) : Machine::low_nibbles(both);
-  }
-  static const int8_t* inputs(const Group& group, int step, int piece) { return group.steps + 16 * piece + 4 * step; }
   static Machine::Ints start(const Group& group) { return Machine::splat_int(MINIMUMS ? 0 : group.nibbles_middle); }
   static Machine::Ints add(Machine::Ints sum, Machine::Ints weights, Machine::Ints inputs) {
     return Machine::dot_bytes(sum, weights, inputs);
@@ -133,14 +136,8 @@ struct Bytes {
 
 // With 4 bits a whole group's pairs fit 16: 8 * 2 * 15 * 127 = 30480.
 template <bool MINIMUMS>
-struct Nibbles {
-  static constexpr int STEPS = 4, PIECES = 2;
+struct Nibbles : NibbleSteps {
   static constexpr bool HAS_MINIMUMS = MINIMUMS;
-  static Machine::Ints weights(const uint8_t* p, int piece) {
-    const Machine::Ints both = Machine::load_ints(p);
-    return piece ? Machine::high_nibbles(both) : Machine::low_nibbles(both);
-  }
-  static const int8_t* inputs(const Group& group, int step, int piece) { return group.steps + 16 * piece + 4 * step; }
   static Machine::Ints start(const Group&) { return Machine::splat_int(0); }
   static Machine::Ints add(Machine::Ints sum, Machine::Ints weights, Machine::Ints inputs) {
     return in_order(Machine::add_shorts(sum, Machine::pair_bytes(weights, inputs)));
